@@ -1,0 +1,200 @@
+"""`fusedrnn bench`: times forward, forward + backward and a streaming step against the machine's peak and peers.
+
+    shapes    which cases there are, and the arithmetic of each       engines   what is compared; ours, the reference
+    peers     PyTorch, ONNX Runtime, JAX                              measure   checks, slots, rounds, ratios
+    machine   cores, caches, versions, bandwidths                     report    terminal     page, plots   files
+
+Every figure is a median over rounds in which all candidates take turns, each on its best thread count; every ratio
+is taken within a round. Results are compared before they are timed: a disagreement ends the run with status 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from fusedrnn import _core
+from fusedrnn._cli import CommandError, natural, positive_float
+
+from . import machine, measure, report
+from .engines import Ours, Problem
+from .peers import DEFAULT_PEERS, PEERS
+from .shapes import CELLS, DEFAULT_CELLS, DEFAULT_WORK, WORK, cases
+
+SCHEMA = 1
+
+
+def _names(known: tuple[str, ...] | list[str], text: str) -> list[str]:
+    """A comma-separated choice among `known`, in the order given."""
+    chosen = list(dict.fromkeys(text.split(",")))
+    for name in chosen:
+        if name not in known:
+            raise argparse.ArgumentTypeError(f"must be among {','.join(known)}, got {name!r}")
+    return chosen
+
+
+def _shape(text: str) -> tuple[int, int, int, int]:
+    parts = text.split(",")
+    if len(parts) != 4 or not all(part.isascii() and part.isdigit() and int(part) for part in parts):
+        raise argparse.ArgumentTypeError(f"must be B,T,I,H, four positive integers, got {text!r}")
+    return tuple(map(int, parts))
+
+
+def _threads(text: str) -> int:
+    return 0 if text == "auto" else natural(text)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of `fusedrnn bench` to `parser`."""
+    add = parser.add_argument
+    add("--cell", type=partial(_names, list(CELLS)), default=list(DEFAULT_CELLS), metavar="NAMES",
+        help=f"comma-separated, of {','.join(CELLS)} (default: {','.join(DEFAULT_CELLS)})")
+    add("--shape", type=_shape, action="append", metavar="B,T,I,H",
+        help="may be given several times; a step uses B, I and H (default: ten standard shapes)")
+    add("--what", type=partial(_names, list(WORK)), default=list(DEFAULT_WORK), metavar="WORK",
+        help="comma-separated, of forward, train (forward + backward), stream (one step from Python) and sweep (forward "
+             f"over T, B and H one at a time) (default: {','.join(DEFAULT_WORK)})")
+    add("--dtype", choices=("float32", "float64"), default="float32", help="(default: float32)")
+    add("--threads", type=_threads, default=0, metavar="N",
+        help="threads for every engine; 0 or auto: each is tried on 1 and on all cores and keeps its best (default)")
+    add("--peers", type=partial(_names, [*PEERS, "none"]), metavar="NAMES",
+        help=f"comma-separated, of {','.join(PEERS)}, or none (default: those of {','.join(DEFAULT_PEERS)} installed)")
+    add("--unfrozen", action="store_true",
+        help="forward calls the layer, which packs its weights every time, in place of a frozen one")
+    add("--seconds", type=positive_float, default=300.0, metavar="S",
+        help="for all timed rounds together; every case gets at least five rounds, and preparing and checking it "
+             "come on top (default: 300)")
+    add("--quick", action="store_true", help="a few short rounds of small shapes: whether all works, not how fast")
+    add("--json", type=Path, metavar="FILE", help="write everything measured")
+    add("--plot", type=Path, metavar="DIR", help="write figures (SVG; needs matplotlib) and a page that shows them")
+    add("--from", dest="source", type=Path, metavar="FILE", help="measure nothing: read a file that --json wrote")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Runs the benchmark; 0, or 1 where two engines disagree about a result."""
+    if args.plot:
+        _require_matplotlib()
+    if args.json and not args.json.parent.is_dir():  # found out now, not after the measuring
+        raise CommandError(f"--json: there is no folder {args.json.parent}")
+    if args.source:
+        result = _read(args.source)
+    else:
+        try:
+            result = _measure(args)
+        except measure.BenchmarkError as error:
+            print(f"fusedrnn bench: {error}", file=sys.stderr)
+            return 1
+    labels = {name: peer["label"] for name, peer in result["peers"].items()}
+    print("\nHow many times faster than the peers (geometric mean and worst case)")
+    print("\n".join(report.summary_lines(result["summary"], labels)))
+
+    if args.json:
+        args.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    if args.plot:
+        from . import page, plots
+
+        args.plot.mkdir(parents=True, exist_ok=True)
+        figures = plots.draw(result, args.plot)
+        written = page.write(result, figures, args.plot)
+        print(f"\nwritten: {', '.join(sorted([*figures, written]))}")
+    return 0
+
+
+def _require_matplotlib() -> None:
+    try:
+        import matplotlib  # noqa: F401
+    except ModuleNotFoundError as error:
+        raise CommandError("--plot needs matplotlib: pip install 'fusedrnn[plot]'") from error
+
+
+def _read(path: Path) -> dict:
+    try:
+        result = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CommandError(f"--from: {path} is no JSON: {error}") from error
+    if not isinstance(result, dict) or result.get("schema") != SCHEMA:
+        raise CommandError(f"--from: {path} is not a result of fusedrnn bench --json (schema {SCHEMA})")
+    return result
+
+
+def _peers(named: list[str] | None) -> tuple[list, list[str]]:
+    """The peers to measure, and the labels of those left out because they are not installed."""
+    if named and "none" in named:
+        if len(named) > 1:
+            raise CommandError(f"--peers: none goes with no other name, got {','.join(named)}")
+        return [], []
+    found, absent = [], []
+    for name in named or DEFAULT_PEERS:
+        peer = PEERS[name]
+        missing = peer.missing()
+        if not missing:
+            found.append(peer)
+        elif named:
+            raise CommandError(f"--peers: {name} needs {' and '.join(missing)}: pip install 'fusedrnn[peers]'")
+        else:
+            absent.append(peer.label)
+    return found, absent
+
+
+def _measure(args: argparse.Namespace) -> dict:
+    peers, absent = _peers(args.peers)
+    dtype = np.dtype(args.dtype)
+    todo = cases([CELLS[name] for name in args.cell], args.what, args.shape, dtype, args.quick)
+    threads = (args.threads,) if args.threads else tuple(dict.fromkeys((1, machine.cores())))
+    if args.quick:
+        pace = measure.Pace(slot=5e-4, least=3, most=3, seconds=0)
+    else:
+        pace = measure.Pace(slot=8e-3, least=5, most=101, seconds=args.seconds / len(todo))
+
+    versions = {module: v for peer in peers for module, v in peer.versions().items()}
+    result = {"schema": SCHEMA, "machine": machine.describe(versions)}
+    result["settings"] = {"dtype": args.dtype, "threads_tried": list(threads), "frozen": not args.unfrozen,
+                          "seconds": args.seconds, "quick": args.quick}
+    result["peers"] = {peer.name: {"label": peer.label} for peer in peers}
+    result["roofs"] = machine.roofs(max(threads)) if args.json or args.plot else []
+    peak = partial(_core.fma_peak, dtype, max(threads))
+    print(_preface(result, absent, peak()))
+
+    table = report.Table({peer.name: peer.label for peer in peers})
+    print(table.heading(), flush=True)
+    ours = Ours(frozen=not args.unfrozen)
+    result["cases"] = []
+    start = time.perf_counter()
+    for done, case in enumerate(todo):
+        _status(f"{done + 1} of {len(todo)}: {case}  ({time.perf_counter() - start:.0f} s)")
+        row = measure.run_case(Problem.draw(case), ours, peers, PEERS["reference"], peak, threads, pace)
+        result["cases"].append(row)
+        _status("")
+        print(table.row(row), flush=True)
+    result["summary"] = report.summarise(result["cases"])
+    return result
+
+
+def _preface(result: dict, absent: list[str], peak: float) -> str:
+    m, s = result["machine"], result["settings"]
+    tried = " and ".join(map(str, s["threads_tried"]))
+    lines = [
+        f"{m['cpu']}, {m['cores']} cores, {m['isa']}; {s['dtype']}; FMA peak {peak:.0f} GFLOP/s on "
+        f"{max(s['threads_tried'])} threads",
+        ", ".join(f"{name} {v}" for name, v in m["versions"].items()),
+        f"threads: each engine's best of {tried}" if len(s["threads_tried"]) > 1 else f"threads: {tried}",
+        "time: median over rounds, ±% half its interquartile range; GFLOP/s: matrix products only; peak: share of it",
+        "ratio: the peer's time over ours within each round, median ± half its interquartile range",
+    ]
+    if absent:
+        lines.append(f"not installed: {', '.join(absent)} (pip install 'fusedrnn[peers]')")
+    if s["quick"]:
+        lines.append("--quick: too short to judge speed by")
+    return "\n".join(lines) + "\n"
+
+
+def _status(text: str) -> None:
+    """One line that the next overwrites, where someone is watching."""
+    if sys.stderr.isatty():
+        print(f"\r\x1b[K{text}", end="", file=sys.stderr, flush=True)

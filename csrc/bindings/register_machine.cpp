@@ -1,0 +1,106 @@
+// Threads, ISA, build and the machine's own limits.
+#include <atomic>
+#include <chrono>
+#include <cstring>
+
+#include "bindings/arrays.h"
+#include "cpu/dispatch.h"
+#include "cpu/plan.h"
+#include "cpu/threads.h"
+
+namespace fusedrnn::bindings {
+namespace {
+
+using Clock = std::chrono::steady_clock;
+
+double seconds_since(Clock::time_point start) { return std::chrono::duration<double>(Clock::now() - start).count(); }
+
+// The highest rate of fused multiply-adds on `threads` threads at once, in GFLOP/s: the best of many short tries.
+double fma_peak(const py::dtype& dtype, int threads) {
+  const bool is_double = dtype.num() == py::dtype::of<double>().num();
+  py::gil_scoped_release release;
+  Lease lease(threads);
+  double best = 0;
+  for (int attempt = 0; attempt < 40; ++attempt) {
+    std::vector<double> rates(lease.size());
+    lease.run(lease.size(), [&](int rank) {
+      auto start = Clock::now();
+      double operations = is_double ? kernels<double>().fma_chain(20000) : kernels<float>().fma_chain(20000);
+      rates[rank] = operations / seconds_since(start) * 1e-9;
+    });
+    double sum = 0;
+    for (double r : rates) sum += r;
+    best = std::max(best, sum);
+  }
+  return best;
+}
+
+// The rate at which `threads` threads read blocks of `bytes` each over and over, in GB/s, all together.
+double stream_bandwidth(int threads, int64_t bytes) {
+  py::gil_scoped_release release;
+  Lease lease(threads);
+  const int n = lease.size();
+  const int64_t words = std::max<int64_t>(bytes / 8 / 8 * 8, 8), rounds = std::max<int64_t>(1, (int64_t(32) << 20) / (words * 8));
+  std::vector<Buffer> buffers;
+  for (int i = 0; i < n; ++i) buffers.emplace_back(words * 8), memset(buffers[i].data(), 0, words * 8);
+  double best = 0;
+  std::atomic<uint64_t> sink{0};
+  for (int attempt = 0; attempt < 8; ++attempt) {
+    auto start = Clock::now();
+    lease.run(n, [&](int rank) {
+      typedef uint64_t Words __attribute__((vector_size(64), may_alias));
+      const Words* p = static_cast<const Words*>(buffers[rank].data());
+      Words sum[4] = {};
+      for (int64_t r = 0; r < rounds; ++r) {
+        for (int64_t i = 0; i + 4 <= words / 8; i += 4)
+          for (int k = 0; k < 4; ++k) sum[k] |= p[i + k];
+        asm volatile("" ::: "memory");  // read it again in the next round
+      }
+      sink += (sum[0] | sum[1] | sum[2] | sum[3])[0];
+    });
+    best = std::max(best, double(n) * double(words * 8) * double(rounds) / seconds_since(start) * 1e-9);
+  }
+  return best;
+}
+
+py::dict build_info() {
+  py::dict info;
+  info["version"] = FUSEDRNN_VERSION;
+#if defined(__clang__)
+  info["compiler"] = "Clang " __clang_version__;
+#else
+  info["compiler"] = "GCC " __VERSION__;
+#endif
+  std::string isas;
+  for (const std::string& name : compiled_isas()) isas += (isas.empty() ? "" : ", ") + name;
+  info["isas"] = isas;
+  info["cuda"] = "not built";
+  return info;
+}
+
+}  // namespace
+
+void register_machine(py::module_& m) {
+  m.def("set_num_threads", &set_default_threads);
+  m.def("get_num_threads", &default_threads);
+  m.def("set_local_threads", &set_local_threads);
+  m.def("available_threads", &available_threads);
+  m.def("isa", [] { return isa(); });
+  m.def("available_isas", [] {
+    py::list names;
+    for (const std::string& name : available_isas()) names.append(name);
+    return names;
+  });
+  m.def("build_info", &build_info);
+  m.def("fma_peak", &fma_peak, py::arg("dtype"), py::arg("threads"));
+  m.def("stream_bandwidth", &stream_bandwidth, py::arg("threads"), py::arg("bytes"));
+  m.def(
+      "override_plan",
+      [](int row_threads, int unit_threads, int64_t chunk_steps, int64_t chunk_rows) {
+        set_plan_override({row_threads, unit_threads, chunk_steps, chunk_rows});
+      },
+      py::arg("row_threads") = 0, py::arg("unit_threads") = 0, py::arg("chunk_steps") = 0, py::arg("chunk_rows") = 0,
+      "For tests: replaces what plans choose, where above 0. The results of a call do not depend on it.");
+}
+
+}  // namespace fusedrnn::bindings

@@ -1,0 +1,163 @@
+// A stream checks its own arguments: one step costs less than a Python function that would check them for it.
+#include <atomic>
+#include <cstring>
+#include <variant>
+
+#include "bindings/arrays.h"
+
+namespace fusedrnn::bindings {
+namespace {
+
+std::string shape_text(const py::array& a) { return py::str(a.attr("shape")).cast<std::string>(); }
+
+class PyStream {
+ public:
+  PyStream(const PySpec& s, const py::tuple&, const PyPanels& panels, int64_t B) : spec_(s.spec), B_(B) {
+    with_type(s, [&](auto zero) {
+      using T = decltype(zero);
+      auto stream = std::make_unique<Stream<T>>(s.spec, panels.get<T>(), B);
+      dtype_ = py::dtype::of<T>();
+      input_ = py::array_t<T>({B, s.spec.I});
+      stream_ = std::move(stream);
+    });
+  }
+
+  py::object step(const py::object& x, const py::object& out) {
+    return std::visit([&](auto& stream) { return typed_step(*stream, x, out); }, stream_);
+  }
+
+  py::tuple state() const {
+    return std::visit([&](auto& stream) { return typed_state(*stream); }, stream_);
+  }
+
+  void set_state(const py::object& values) {
+    Busy busy(*this);
+    std::visit([&](auto& stream) { typed_set_state(*stream, values); }, stream_);
+  }
+
+  int64_t batch() const { return B_; }
+
+ private:
+  // A stream belongs to one thread: a second one that comes while a step runs is told so.
+  struct Busy {
+    explicit Busy(PyStream& s) : stream(s) {
+      if (s.busy_.exchange(true, std::memory_order_acquire))
+        throw std::runtime_error("stream.step: another thread is using this stream; give each thread a stream of its own");
+    }
+    ~Busy() { stream.busy_.store(false, std::memory_order_release); }
+    PyStream& stream;
+  };
+
+  template <class T>
+  py::object typed_step(Stream<T>& stream, const py::object& x_object, const py::object& out_object) {
+    Busy busy(*this);
+    const py::array x = checked("x", x_object);
+    const bool flat = x.ndim() == 1;
+    if (!(flat && B_ == 1 && x.shape(0) == spec_.I) && !(x.ndim() == 2 && x.shape(0) == B_ && x.shape(1) == spec_.I))
+      throw py::value_error("stream.step: x must have shape " + expected(spec_.I) + ", got " + shape_text(x));
+    const T* from = static_cast<const T*>(x.data());
+    if (!(x.flags() & py::array::c_style) || reinterpret_cast<uintptr_t>(from) % alignof(T) != 0) {
+      auto copy = static_cast<T*>(input_.mutable_data());
+      for (int64_t b = 0; b < B_; ++b)
+        for (int64_t i = 0; i < spec_.I; ++i)
+          memcpy(copy + b * spec_.I + i, flat ? x.data(i) : x.data(b, i), sizeof(T));
+      from = copy;
+    }
+    py::object out = out_object;
+    if (out.is_none()) {
+      out = flat ? py::array_t<T>(spec_.H) : py::array_t<T>({B_, spec_.H});
+    } else {
+      check_out(checked("out", out), flat, x);
+    }
+    T* to = static_cast<T*>(py::reinterpret_borrow<py::array>(out).mutable_data());
+    {
+      py::gil_scoped_release release;
+      stream.step(from, to);
+    }
+    return out;
+  }
+
+  py::array checked(const char* name, const py::object& a) const {
+    if (!py::isinstance<py::array>(a))
+      throw py::type_error(std::string("stream.step: ") + name + " must be a NumPy array, got " +
+                           std::string(Py_TYPE(a.ptr())->tp_name));
+    auto array = py::reinterpret_borrow<py::array>(a);
+    if (array.dtype().ptr() != dtype_.ptr() && !array.dtype().equal(dtype_))
+      throw py::type_error(std::string("stream.step: ") + name + " must have dtype " +
+                           py::str(dtype_).cast<std::string>() + ", got " +
+                           py::str(array.dtype()).cast<std::string>() + "; convert it with .astype(np." +
+                           py::str(dtype_).cast<std::string>() + ")");
+    return array;
+  }
+
+  void check_out(const py::array& out, bool flat, const py::array& x) const {
+    const bool fits = flat ? out.ndim() == 1 && out.shape(0) == spec_.H
+                           : out.ndim() == 2 && out.shape(0) == B_ && out.shape(1) == spec_.H;
+    if (!fits)
+      throw py::value_error("stream.step: out must have shape " +
+                            (flat ? "(" + std::to_string(spec_.H) + ",)"
+                                  : "(" + std::to_string(B_) + ", " + std::to_string(spec_.H) + ")") +
+                            ", got " + shape_text(out));
+    if (!out.writeable()) throw py::value_error("stream.step: out must be writeable, got a read-only array");
+    if (!(out.flags() & py::array::c_style)) throw py::value_error("stream.step: out must be C-contiguous");
+    // Both are small: the bounds of their memory are enough.
+    auto end = [](const py::array& a) {
+      const char* last = static_cast<const char*>(a.data());
+      for (py::ssize_t i = 0; i < a.ndim(); ++i)
+        if (a.strides(i) > 0) last += (a.shape(i) - 1) * a.strides(i);
+      return last + a.itemsize();
+    };
+    auto begin = [](const py::array& a) {
+      const char* first = static_cast<const char*>(a.data());
+      for (py::ssize_t i = 0; i < a.ndim(); ++i)
+        if (a.strides(i) < 0) first += (a.shape(i) - 1) * a.strides(i);
+      return first;
+    };
+    if (x.size() > 0 && out.size() > 0 && begin(x) < end(out) && begin(out) < end(x))
+      throw py::value_error("stream.step: out must not overlap x");
+  }
+
+  std::string expected(int64_t n) const {
+    std::string batch = "(" + std::to_string(B_) + ", " + std::to_string(n) + ")";
+    return B_ == 1 ? "(" + std::to_string(n) + ",) or " + batch : batch;
+  }
+
+  template <class T>
+  py::tuple typed_state(const Stream<T>& stream) const {
+    py::tuple out(spec_.info().states);
+    for (int i = 0; i < spec_.info().states; ++i) {
+      py::array_t<T> a({spec_.L, B_, spec_.H});
+      stream.get_state(i, a.mutable_data());
+      out[i] = a;
+    }
+    return out;
+  }
+
+  template <class T>
+  void typed_set_state(Stream<T>& stream, const py::object& values) {
+    const T* from[max_states];
+    states<const T>(values, spec_, B_, from);
+    for (int i = 0; i < spec_.info().states; ++i) stream.set_state(i, from[i]);
+  }
+
+  Spec spec_;
+  int64_t B_;
+  py::dtype dtype_;
+  py::array input_;  // (B, I): room for an x with gaps
+  std::variant<std::unique_ptr<Stream<float>>, std::unique_ptr<Stream<double>>> stream_;
+  std::atomic<bool> busy_{false};
+};
+
+}  // namespace
+
+void register_stream(py::module_& m) {
+  py::class_<PyStream>(m, "Stream")
+      .def(py::init<const PySpec&, const py::tuple&, const PyPanels&, int64_t>(), py::arg("spec"), py::arg("params"),
+           py::arg("panels"), py::arg("batch_size"))
+      .def("step", &PyStream::step, py::arg("x"), py::arg("out") = py::none())
+      .def("set_state", &PyStream::set_state, py::arg("state").none(true))
+      .def_property_readonly("state", &PyStream::state)
+      .def_property_readonly("batch_size", &PyStream::batch);
+}
+
+}  // namespace fusedrnn::bindings

@@ -1,0 +1,41 @@
+// THE list of cells. Instantiation, dispatch, bindings, tests and benchmarks iterate it; the order is the cell's number.
+#pragma once
+
+#include "cells/gru.h"
+#include "cells/lstm.h"
+#include "cells/rnn.h"
+
+#define FUSEDRNN_FOR_EACH_CELL(F) \
+  F(Lstm)                         \
+  F(Gru)                          \
+  F(GruResetBefore)               \
+  F(RnnTanh)                      \
+  F(RnnRelu)
+
+namespace fusedrnn {
+
+// The constants of a cell, for code that meets it at run time.
+struct CellInfo {
+  static constexpr int max_slots = 4, max_phases = 2;
+  const char* name;
+  int gates, states, slots, saved, phases;
+  int slot_gate[max_slots];
+  Span input;
+  Span recurrent[max_phases];
+};
+
+template <class Cell>
+constexpr CellInfo cell_info() {
+  static_assert(Cell::slots <= CellInfo::max_slots && Cell::phases <= CellInfo::max_phases, "raise CellInfo's limits");
+  CellInfo info{Cell::name, Cell::gates, Cell::states, Cell::slots, Cell::saved, Cell::phases, {}, Cell::input, {}};
+  for (int s = 0; s < Cell::slots; ++s) info.slot_gate[s] = Cell::slot_gate[s];
+  for (int p = 0; p < Cell::phases; ++p) info.recurrent[p] = Cell::recurrent[p];
+  return info;
+}
+
+#define FUSEDRNN_CELL_INFO(Cell) cell_info<Cell>(),
+inline constexpr CellInfo cells[] = {FUSEDRNN_FOR_EACH_CELL(FUSEDRNN_CELL_INFO)};
+#undef FUSEDRNN_CELL_INFO
+inline constexpr int cell_count = sizeof(cells) / sizeof(cells[0]);
+
+}  // namespace fusedrnn

@@ -1,0 +1,90 @@
+#include "cpu/dispatch.h"
+
+#include <stdlib.h>
+
+#include <stdexcept>
+
+namespace fusedrnn {
+
+#define FUSEDRNN_DECLARE(target)                 \
+  namespace target {                             \
+  extern const Kernels<float> kernels_float;     \
+  extern const Kernels<double> kernels_double;   \
+  }
+#if defined(__x86_64__)
+FUSEDRNN_DECLARE(avx512)
+FUSEDRNN_DECLARE(avx2)
+FUSEDRNN_DECLARE(v2)
+#elif defined(__aarch64__)
+FUSEDRNN_DECLARE(neon)
+#endif
+#undef FUSEDRNN_DECLARE
+
+namespace {
+
+struct Isa {
+  std::string name;
+  bool available;
+  const Kernels<float>* kernels_float;
+  const Kernels<double>* kernels_double;
+};
+
+const std::vector<Isa>& isas() {
+  static const std::vector<Isa> list = [] {
+#define FUSEDRNN_ISA(name, has, target) {name, bool(has), &target::kernels_float, &target::kernels_double}
+    return std::vector<Isa>{
+#if defined(__x86_64__)
+        FUSEDRNN_ISA("avx512", __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
+                                   __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl"), avx512),
+        FUSEDRNN_ISA("avx2", __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"), avx2),
+        FUSEDRNN_ISA("x86-64-v2", __builtin_cpu_supports("sse4.2"), v2),
+#elif defined(__aarch64__)
+        FUSEDRNN_ISA("neon", true, neon),
+#endif
+    };
+#undef FUSEDRNN_ISA
+  }();
+  return list;
+}
+
+const Isa& chosen() {
+  static const Isa& isa = []() -> const Isa& {
+    const char* wanted = getenv("FUSEDRNN_ISA");
+    std::string known;
+    for (const Isa& i : isas()) {
+      if (i.available && (!wanted || !*wanted || i.name == wanted)) return i;
+      if (i.available) known += (known.empty() ? "" : ", ") + i.name;
+    }
+    throw std::invalid_argument("FUSEDRNN_ISA must be one of " + known + " on this CPU, got '" +
+                                (wanted ? wanted : "") + "'");
+  }();
+  return isa;
+}
+
+}  // namespace
+
+std::vector<std::string> compiled_isas() {
+  std::vector<std::string> names;
+  for (const Isa& i : isas()) names.push_back(i.name);
+  return names;
+}
+
+std::vector<std::string> available_isas() {
+  std::vector<std::string> names;
+  for (const Isa& i : isas())
+    if (i.available) names.push_back(i.name);
+  return names;
+}
+
+const std::string& isa() { return chosen().name; }
+
+template <>
+const Kernels<float>& kernels<float>() {
+  return *chosen().kernels_float;
+}
+template <>
+const Kernels<double>& kernels<double>() {
+  return *chosen().kernels_double;
+}
+
+}  // namespace fusedrnn

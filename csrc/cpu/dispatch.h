@@ -1,0 +1,18 @@
+// Which ISA's kernels this process uses: the best that the CPU has, or the one that FUSEDRNN_ISA names.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "cpu/kernels.h"
+
+namespace fusedrnn {
+
+std::vector<std::string> compiled_isas();   // best first
+std::vector<std::string> available_isas();  // those of them that this CPU has
+const std::string& isa();                   // the one in use; throws std::invalid_argument when FUSEDRNN_ISA is wrong
+
+template <class T>
+const Kernels<T>& kernels();
+
+}  // namespace fusedrnn

@@ -1,0 +1,178 @@
+// The one microkernel, and the packing of what it multiplies. Compiled once per ISA, in that ISA's namespace.
+//
+// A tile is C[r][n] = Cin[r][n] + sum over k, in ascending order, of A[r][k] B[k][n]: MR rows of A against a few vectors
+// of B, all of C in registers. Each element is one chain of fma, so its bits do not depend on how a product is cut into
+// tiles: every choice of rows, of vectors and of threads gives the same result.
+//
+// B is a panel: blocks of NG vectors (for a forward product the gates of one vector of hidden units), each block
+// [K][NG * lanes] contiguous; a tile takes NB neighbouring blocks.
+#pragma once
+
+#include "cpu/simd.h"
+
+namespace fusedrnn::FUSEDRNN_TARGET {
+
+template <class T>
+struct Tile {
+  const T* a[8];         // MR rows; element k of segment s lies at a[r][s * a_segment + k * a_stride]
+  const T* cin[8];       // MR rows of NB blocks
+  T* cout[8];            // may be the rows of cin
+  int64_t k, segments;   // K = k * segments
+  ptrdiff_t a_stride, a_segment;
+  const T* b;            // the first block's panel
+  ptrdiff_t b_block;     // from block to block in the panel
+  ptrdiff_t cin_block, cout_block;
+};
+
+#if FUSEDRNN_ISA_ID == FUSEDRNN_ISA_avx512 || FUSEDRNN_ISA_ID == FUSEDRNN_ISA_neon
+constexpr int tile_accumulators = 24;  // of 32 registers
+#else
+constexpr int tile_accumulators = 12;  // of 16 registers
+#endif
+constexpr int tile_max_vectors = 8;
+
+constexpr int tile_max_rows(int vectors) {
+  return tile_accumulators / vectors < 8 ? tile_accumulators / vectors : 8;
+}
+
+template <class T, int MR, int NG, int NB>
+void tile_kernel(const Tile<T>& t) {
+  using V = Vec<T>;
+  constexpr int NV = NG * NB;
+  V acc[MR][NV];
+  const T* a[MR];
+#pragma GCC unroll 8
+  for (int r = 0; r < MR; ++r) {
+    a[r] = t.a[r];
+#pragma GCC unroll 8
+    for (int v = 0; v < NV; ++v) acc[r][v] = V::load(t.cin[r] + v / NG * t.cin_block + v % NG * V::lanes);
+  }
+  const T* b = t.b;
+  const ptrdiff_t b_block = t.b_block, a_stride = t.a_stride;
+  for (int64_t s = 0; s < t.segments; ++s) {
+    ptrdiff_t o = s * t.a_segment;
+    for (int64_t k = 0; k < t.k; ++k) {
+      // Whichever of the two is fewer stays in registers; the other is read where it is used.
+      if constexpr (MR < NV) {
+        V x[MR];
+#pragma GCC unroll 8
+        for (int r = 0; r < MR; ++r) x[r] = V::broadcast(a[r] + o);
+#pragma GCC unroll 8
+        for (int v = 0; v < NV; ++v) {
+          V w = V::load(b + v / NG * b_block + v % NG * V::lanes);
+#pragma GCC unroll 8
+          for (int r = 0; r < MR; ++r) acc[r][v] = fma(x[r], w, acc[r][v]);
+        }
+      } else {
+        V w[NV];
+#pragma GCC unroll 8
+        for (int v = 0; v < NV; ++v) w[v] = V::load(b + v / NG * b_block + v % NG * V::lanes);
+#pragma GCC unroll 8
+        for (int r = 0; r < MR; ++r) {
+          V x = V::broadcast(a[r] + o);
+#pragma GCC unroll 8
+          for (int v = 0; v < NV; ++v) acc[r][v] = fma(x, w[v], acc[r][v]);
+        }
+      }
+      b += NG * V::lanes;
+      o += a_stride;
+    }
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < MR; ++r)
+#pragma GCC unroll 8
+    for (int v = 0; v < NV; ++v) acc[r][v].store(t.cout[r] + v / NG * t.cout_block + v % NG * V::lanes);
+}
+
+
+template <class T, int NG>
+struct TileTable {
+  using Kernel = void (*)(const Tile<T>&);
+  static constexpr int max_blocks = tile_max_vectors / NG;
+  Kernel kernel[max_blocks + 1][9];
+  constexpr TileTable() : kernel{} { fill<1>(); }
+
+ private:
+  template <int NB>
+  constexpr void fill() {
+    fill_rows<NB, 1>();
+    if constexpr (NB < max_blocks) fill<NB + 1>();
+  }
+  template <int NB, int MR>
+  constexpr void fill_rows() {
+    kernel[NB][MR] = tile_kernel<T, MR, NG, NB>;
+    if constexpr (MR < tile_max_rows(NG * NB)) fill_rows<NB, MR + 1>();
+  }
+};
+
+template <class T, int NG>
+FUSEDRNN_INLINE void run_tile(int rows, int blocks, const Tile<T>& t) {
+  static constexpr TileTable<T, NG> table;
+  table.kernel[blocks][rows](t);
+}
+
+// How a range is cut into `pieces` parts that differ by at most one.
+struct Cut {
+  int64_t n, pieces;
+  FUSEDRNN_INLINE int64_t begin(int64_t i) const { return i * n / pieces; }
+};
+
+FUSEDRNN_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// The tiles of a product of `rows` rows and `blocks` blocks: even pieces, none smaller than need be.
+template <class T, int NG>
+struct Tiling {
+  Cut row, block;
+  FUSEDRNN_INLINE Tiling(int64_t rows, int64_t blocks) {
+    // Four vectors a tile, or eight when the rows are too few to hide the latency of fma with four.
+    constexpr int base = NG > 2 ? 1 : 4 / NG, wide = tile_max_vectors / NG;
+    int64_t nb = rows <= tile_max_rows(NG * wide) ? wide : base;
+    row = {rows, ceil_div(rows, tile_max_rows(NG * int(nb)))};
+    block = {blocks, ceil_div(blocks, nb)};
+  }
+};
+
+// Packs a forward panel. w is (gates*H, K) row-major; out is [blocks of H][K][count * lanes], distance `stride` apart:
+// lane l of slot s of block b at depth k is w[gate(s) * H + b * lanes + l][k], or 0 past H.
+template <class T>
+void pack_gates(const T* w, int64_t H, int64_t K, const int* gate, int count, int64_t b0, int64_t b1, T* out,
+                int64_t stride) {
+  constexpr int L = Vec<T>::lanes;
+  for (int64_t b = b0; b < b1; ++b) {
+    int width = int(H - b * L < L ? H - b * L : L);
+    for (int s = 0; s < count; ++s) {
+      const T* src = w + (gate[s] * H + b * L) * K;
+      T* dst = out + b * stride + s * L;
+      constexpr int64_t strip = 64 / sizeof(T);  // a cache line of every row at a time
+      for (int64_t k0 = 0; k0 < K; k0 += strip) {
+        int64_t k1 = k0 + strip < K ? k0 + strip : K;
+        for (int64_t k = k0; k < k1; ++k) {
+          T* d = dst + k * count * L;
+          for (int l = 0; l < width; ++l) d[l] = src[l * K + k];
+          for (int l = width; l < L; ++l) d[l] = T(0);
+        }
+      }
+    }
+  }
+}
+
+// Packs a transposed panel, for products with the gates' gradients. w is (gates*H, N) row-major; out is [blocks of N]
+// [K][lanes] with K = (blocks of H, slots, lanes), the order in which the gradients lie; rows past H and columns past N are 0.
+template <class T>
+void pack_transposed(const T* w, int64_t H, int64_t N, const int* gate, int count, int64_t n0, int64_t n1, T* out,
+                     int64_t stride) {
+  using V = Vec<T>;
+  constexpr int L = V::lanes;
+  for (int64_t n = n0; n < n1; ++n) {
+    int width = int(N - n * L < L ? N - n * L : L);
+    T* d = out + n * stride;
+    for (int64_t b = 0; b < ceil_div(H, L); ++b)
+      for (int s = 0; s < count; ++s)
+        for (int64_t u = b * L; u < (b + 1) * L; ++u, d += L) {
+          V v = u < H ? V::load(w + (gate[s] * H + u) * N + n * L, width) : V(T(0));
+          v.store(d);
+        }
+  }
+}
+
+}  // namespace fusedrnn::FUSEDRNN_TARGET

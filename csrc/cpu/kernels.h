@@ -1,0 +1,28 @@
+// The functions of one ISA, for one float type, as a table. kernels_<isa>.cpp fills it; dispatch.h chooses among them.
+#pragma once
+
+#include "args.h"
+#include "cells/all.h"
+
+namespace fusedrnn {
+
+template <class T>
+struct CellKernels {
+  void (*forward)(const ForwardArgs<T>&, const Team&);
+  void (*backward)(const BackwardArgs<T>&, const Team&);
+};
+
+template <class T>
+struct Kernels {
+  int lanes;
+  CellKernels<T> cell[cell_count];
+  void (*pack_gates)(const T* w, int64_t H, int64_t K, const int* gate, int count, int64_t b0, int64_t b1, T* out,
+                     int64_t stride);
+  void (*pack_transposed)(const T* w, int64_t H, int64_t N, const int* gate, int count, int64_t n0, int64_t n1, T* out,
+                          int64_t stride);
+  // out[i] = keep(seed, index + i) ? x[i] * scale : 0, where keep holds for a random word of at least `threshold`.
+  void (*dropout)(const T* x, T* out, int64_t n, uint64_t seed, uint64_t index, uint32_t threshold, T scale);
+  double (*fma_chain)(int64_t rounds);  // floating-point operations done, for measuring the machine's peak
+};
+
+}  // namespace fusedrnn

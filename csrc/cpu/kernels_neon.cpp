@@ -1,0 +1,2 @@
+#define FUSEDRNN_TARGET neon
+#include "cpu/kernels_isa.h"

@@ -1,0 +1,2 @@
+#define FUSEDRNN_TARGET v2
+#include "cpu/kernels_isa.h"

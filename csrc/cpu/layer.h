@@ -1,0 +1,478 @@
+// One layer in one direction over a sequence, forward and backward: the loops around the microkernel, for any cell.
+// Every thread of a team calls them with its rank. Nothing here allocates, and no sum depends on the plan.
+#pragma once
+
+#include "args.h"
+#include "cpu/gemm.h"
+
+namespace fusedrnn::FUSEDRNN_TARGET {
+
+// A vector of hidden units in memory: `width` lanes, all of them when `full`.
+template <class T, bool full>
+struct Lanes {
+  using V = Vec<T>;
+  int width;
+  FUSEDRNN_INLINE V load(const T* p) const { return full ? V::load(p) : V::load(p, width); }
+  FUSEDRNN_INLINE void store(T* p, V v) const { full ? v.store(p) : v.store(p, width); }
+  FUSEDRNN_INLINE V clear_rest(V v) const { return full ? v : first(v, width); }
+  FUSEDRNN_INLINE int stride() const { return full ? V::lanes : width; }
+};
+
+template <class T>
+FUSEDRNN_INLINE int block_width(int64_t n, int64_t b) {
+  constexpr int L = Vec<T>::lanes;
+  return int(n - b * L < L ? n - b * L : L);
+}
+
+FUSEDRNN_INLINE int64_t largest(int64_t a, int64_t b) { return a > b ? a : b; }
+FUSEDRNN_INLINE int64_t smallest(int64_t a, int64_t b) { return a < b ? a : b; }
+
+// The share of a rank: rows [j0, j1) of the batch and blocks [b0, b1) of the hidden units.
+struct Share {
+  int64_t j0, j1, b0, b1;
+  Barrier* barrier;
+};
+
+template <class T>
+FUSEDRNN_INLINE Share share_of(const Team& team, const Schedule& schedule, int64_t H) {
+  int rows = team.rank / team.plan.unit_threads, units = team.rank % team.plan.unit_threads;
+  Cut row{schedule.batch, team.plan.row_threads};
+  Cut block{ceil_div(H, Vec<T>::lanes), team.plan.unit_threads};
+  return {row.begin(rows), row.begin(rows + 1), block.begin(units), block.begin(units + 1),
+          team.plan.unit_threads > 1 ? barrier_at(team.rows, rows) : nullptr};
+}
+
+template <class T, class Cell>
+struct Forward {
+  using V = Vec<T>;
+  static constexpr int L = V::lanes;
+  static constexpr int slots = Cell::slots * L;
+  const ForwardArgs<T>& a;
+  const Share share;
+  const int64_t blocks = share.b1 - share.b0;
+  T* const pre;
+
+  Forward(const ForwardArgs<T>& args, const Team& team)
+      : a(args), share(share_of<T>(team, args.schedule, args.H)), pre(args.pre + team.rank * args.pre_thread) {}
+
+  // The rows of the share that run at step s are [share.j0, running(s)).
+  FUSEDRNN_INLINE int64_t running(int64_t s) const {
+    return largest(share.j0, smallest(a.schedule.active[s], share.j1));
+  }
+  FUSEDRNN_INLINE const T* h_prev(int64_t s, int64_t j) const {
+    if (s > 0) return a.y.at(s - 1, j);
+    return a.state[0] ? a.state[0] + a.state_row[j] : a.zeros;
+  }
+  FUSEDRNN_INLINE T* operand(int64_t s, int64_t j) const {
+    return a.operand + (a.training ? a.schedule.offset[s] + j : j) * a.H;
+  }
+  // The pre-activations of row (s, j) of the chunk that starts at step c, from block share.b0 on.
+  FUSEDRNN_INLINE T* slots_at(int64_t s, int64_t c, int64_t j) const {
+    return pre + ((s - c) * (share.j1 - share.j0) + j - share.j0) * blocks * slots;
+  }
+
+  void run(const Team& team) const {
+    start_states();
+    for (int64_t c = 0; c < a.schedule.steps; c += team.plan.chunk_steps) {
+      int64_t end = smallest(c + team.plan.chunk_steps, a.schedule.steps);
+      input_product(c, end);
+      for (int64_t s = c; s < end; ++s) phases<0>(s, c);
+    }
+  }
+
+  // The states that are updated in place, and those of sequences of length 0.
+  void start_states() const {
+    int64_t u0 = share.b0 * L, u1 = smallest(share.b1 * L, a.H);
+    for (int i = 0; i < Cell::states; ++i)
+      for (int64_t j = i == 0 ? largest(a.schedule.active[0], share.j0) : share.j0; j < share.j1; ++j) {
+        const T* from = a.state[i] ? a.state[i] + a.state_row[j] : a.zeros;
+        T* to = a.final_state[i] + a.state_row[j];
+        if (to != from)
+          for (int64_t u = u0; u < u1; ++u) to[u] = from[u];
+      }
+  }
+
+  // slots = bias + W_ih x, for all rows of steps [c, end).
+  void input_product(int64_t c, int64_t end) const {
+    int64_t rows = 0;
+    for (int64_t s = c; s < end; ++s) rows += running(s) - share.j0;
+    Tiling<T, Cell::input.count> tiling(rows, blocks);
+    Tile<T> t;
+    t.k = a.I, t.segments = 1, t.a_stride = 1, t.a_segment = 0;
+    t.b_block = a.ih_block, t.cin_block = t.cout_block = slots;
+    for (int64_t g = 0; g < tiling.block.pieces; ++g) {
+      int64_t b0 = share.b0 + tiling.block.begin(g), b1 = share.b0 + tiling.block.begin(g + 1);
+      t.b = a.w_ih + b0 * a.ih_block;
+      int64_t s = c, j = share.j0;
+      for (int64_t p = 0; p < tiling.row.pieces; ++p) {
+        int n = int(tiling.row.begin(p + 1) - tiling.row.begin(p));
+        for (int r = 0; r < n; ++r, ++j) {
+          while (j >= running(s)) ++s, j = share.j0;
+          t.a[r] = a.x.at(s, j);
+          T* row = slots_at(s, c, j) + (b0 - share.b0) * slots;
+          t.cin[r] = a.bias + b0 * slots + Cell::input.first * L;
+          t.cout[r] = row + Cell::input.first * L;
+          for (int64_t b = b0; b < b1; ++b)  // slots that x does not feed start from their bias
+            for (int i = 0; i < Cell::slots; ++i)
+              if (i < Cell::input.first || i >= Cell::input.first + Cell::input.count)
+                V::load(a.bias + b * slots + i * L).store(row + (b - b0) * slots + i * L);
+        }
+        run_tile<T, Cell::input.count>(n, int(b1 - b0), t);
+      }
+    }
+  }
+
+  template <int p>
+  FUSEDRNN_INLINE void phases(int64_t s, int64_t c) const {
+    phase<p>(s, c);
+    wait(share.barrier);
+    if constexpr (p + 1 < Cell::phases) phases<p + 1>(s, c);
+  }
+
+  // slots += W_hh operand, then the cell, tile by tile while the slots are in the first cache level.
+  template <int p>
+  void phase(int64_t s, int64_t c) const {
+    constexpr Span span = Cell::recurrent[p];
+    int64_t rows = running(s) - share.j0;
+    if (rows == 0) return;
+    Tiling<T, span.count> tiling(rows, blocks);
+    Tile<T> t;
+    t.k = a.H, t.segments = 1, t.a_stride = 1, t.a_segment = 0;
+    t.b_block = a.hh_block[p], t.cin_block = t.cout_block = slots;
+    for (int64_t g = 0; g < tiling.block.pieces; ++g) {
+      int64_t b0 = share.b0 + tiling.block.begin(g), b1 = share.b0 + tiling.block.begin(g + 1);
+      t.b = a.w_hh[p] + b0 * a.hh_block[p];
+      for (int64_t i = 0; i < tiling.row.pieces; ++i) {
+        int64_t j0 = share.j0 + tiling.row.begin(i);
+        int n = int(tiling.row.begin(i + 1) - tiling.row.begin(i));
+        for (int r = 0; r < n; ++r) {
+          t.a[r] = p == 0 ? h_prev(s, j0 + r) : operand(s, j0 + r);
+          t.cin[r] = t.cout[r] = slots_at(s, c, j0 + r) + (b0 - share.b0) * slots + span.first * L;
+        }
+        run_tile<T, span.count>(n, int(b1 - b0), t);
+        for (int r = 0; r < n; ++r) {
+          T* row = slots_at(s, c, j0 + r) + (b0 - share.b0) * slots;
+          for (int64_t b = b0; b < b1; ++b, row += slots) {
+            int width = block_width<T>(a.H, b);
+            if (width == L)
+              cell<p, true>(row, s, j0 + r, b, width);
+            else
+              cell<p, false>(row, s, j0 + r, b, width);
+          }
+        }
+      }
+    }
+  }
+
+  // The cell's phase p for one vector of hidden units of one row.
+  template <int p, bool full>
+  FUSEDRNN_INLINE void cell(T* row, int64_t s, int64_t j, int64_t b, int width) const {
+    const Lanes<T, full> lanes{width};
+    const int64_t u = b * L;
+    V slot[Cell::slots], state[Cell::states], save[Cell::saved + 1], op;
+    for (int i = 0; i < Cell::slots; ++i) slot[i] = V::load(row + i * L);
+    state[0] = lanes.load(h_prev(s, j) + u);
+    for (int i = 1; i < Cell::states; ++i) state[i] = lanes.load(a.final_state[i] + a.state_row[j] + u);
+    Cell::template forward<p>(slot, state, save, &op);
+    if constexpr (p + 1 < Cell::phases) {
+      for (int i = 0; i < Cell::slots; ++i) slot[i].store(row + i * L);
+      lanes.store(operand(s, j) + u, op);
+    } else {
+      lanes.store(a.y.at(s, j) + u, state[0]);
+      if (a.copy.base) lanes.store(a.copy.at(s, j) + u, state[0]);
+      if (j >= a.schedule.active[s + 1]) lanes.store(a.final_state[0] + a.state_row[j] + u, state[0]);
+      for (int i = 1; i < Cell::states; ++i) lanes.store(a.final_state[i] + a.state_row[j] + u, state[i]);
+      if (a.training) {
+        T* to = a.saved + (a.schedule.offset[s] + j) * Cell::saved * a.H + u * Cell::saved;
+        for (int i = 0; i < Cell::saved; ++i) lanes.store(to + i * lanes.stride(), save[i]);
+      }
+    }
+  }
+};
+
+template <class T, class Cell>
+struct Backward {
+  using V = Vec<T>;
+  static constexpr int L = V::lanes;
+  static constexpr int slots = Cell::slots * L;
+  const BackwardArgs<T>& a;
+  const ForwardArgs<T>& f = a.forward;
+  const Forward<T, Cell> forward;
+  const Team& team;
+  const Share share = forward.share;
+  const int64_t H = f.H, blocks = ceil_div(H, L), padded = blocks * L;
+  const int64_t batch = f.schedule.batch;
+
+  Backward(const BackwardArgs<T>& args, const Team& team) : a(args), forward(args.forward, team), team(team) {}
+
+  // Row i of the chunk's gradients of block b; rows [0, batch) are those of the step before the chunk.
+  FUSEDRNN_INLINE T* gates(int64_t b, int64_t i) const { return a.gates + b * a.gates_block + i * slots; }
+
+  void run() const {
+    start_carry();
+    const int64_t* active = f.schedule.active;
+    int64_t done = 0, last = 0;  // rows reduced so far; where the gradients of step s + 1 start
+    for (int64_t s = f.schedule.steps - 1; s >= 0;) {
+      int64_t rows = 0, end = s;
+      for (; s >= 0 && (rows == 0 || rows + active[s] <= team.plan.chunk_rows); --s) {
+        step<0>(s, last, batch + rows);
+        last = batch + rows;
+        rows += active[s];
+      }
+      chunk_gradients(s + 1, end, rows, done);
+      done += rows;
+      if (s >= 0) {
+        for (int64_t b = share.b0; b < share.b1; ++b)
+          for (int64_t j = share.j0; j < forward.running(s + 1); ++j)
+            for (int i = 0; i < Cell::slots; ++i) V::load(gates(b, last + j) + i * L).store(gates(b, j) + i * L);
+        last = 0;
+        wait(team.all);
+      }
+    }
+    product<0>(-1, last, [&](int64_t j, int64_t b, const T* grad) {
+      V::load(grad).store(a.carry[0] + j * padded + b * L);
+    });
+    finish_carry();
+  }
+
+  void start_carry() const {
+    for (int i = 0; i < Cell::states; ++i)
+      for (int64_t j = share.j0; j < share.j1; ++j)
+        for (int64_t b = share.b0; b < share.b1; ++b) {
+          const T* from = a.dfinal_state[i] ? a.dfinal_state[i] + f.state_row[j] + b * L : f.zeros;
+          V::load(from, block_width<T>(H, b)).store(a.carry[i] + j * padded + b * L);
+        }
+  }
+
+  void finish_carry() const {
+    for (int i = 0; i < Cell::states; ++i)
+      if (a.dstate[i])
+        for (int64_t j = share.j0; j < share.j1; ++j)
+          for (int64_t b = share.b0; b < share.b1; ++b) {
+            int width = block_width<T>(H, b);
+            T* to = a.dstate[i] + f.state_row[j] + b * L;
+            V v = V::load(a.carry[i] + j * padded + b * L);
+            (a.adds ? V::load(to, width) + v : v).store(to, width);
+          }
+  }
+
+  // Phase 0: dL/dh_t = dy + carry + what step s + 1 sends back, then the cell. Later phases: an operand's gradient.
+  template <int q>
+  FUSEDRNN_INLINE void step(int64_t s, int64_t next, int64_t now) const {
+    product<q>(s, q == 0 ? next : now, [&](int64_t j, int64_t b, const T* grad) {
+      int width = block_width<T>(H, b);
+      if (width == L)
+        cell<q, true>(s, now, j, b, width, grad);
+      else
+        cell<q, false>(s, now, j, b, width, grad);
+    });
+    wait(share.barrier);
+    if constexpr (q + 1 < Cell::phases) step<q + 1>(s, next, now);
+  }
+
+  // Calls then(j, b, grad) for every running row and block of the share, where grad holds the gradient of the operand
+  // of the matching forward phase: W_hh^T times the slots' gradients at rows `from`, on top of the carry when q = 0.
+  template <int q, class Then>
+  FUSEDRNN_INLINE void product(int64_t s, int64_t from, Then then) const {
+    constexpr int p = q == 0 ? 0 : Cell::phases - q;
+    constexpr Span span = Cell::recurrent[p];
+    const int64_t steps = f.schedule.steps;
+    // Rows that ended at step s got nothing from a later step: for them the product is empty.
+    int64_t fed = q > 0 ? forward.running(s) : s + 1 < steps ? forward.running(s + 1) : share.j0;
+    int64_t ends = s >= 0 ? forward.running(s) : fed;
+    T scratch[8 * tile_max_vectors * L];
+    Tile<T> t;
+    t.k = span.count * L, t.a_stride = 1, t.a_segment = a.gates_block;
+    t.b_block = a.hh_block[p], t.cin_block = q == 0 ? L : 0, t.cout_block = L;
+    for (int part = 0; part < 2; ++part) {
+      int64_t j0 = part == 0 ? share.j0 : fed, j1 = part == 0 ? fed : ends;
+      if (j1 <= j0) continue;
+      t.segments = part == 0 ? blocks : 0;
+      Tiling<T, 1> tiling(j1 - j0, share.b1 - share.b0);
+      for (int64_t g = 0; g < tiling.block.pieces; ++g) {
+        int64_t b0 = share.b0 + tiling.block.begin(g), b1 = share.b0 + tiling.block.begin(g + 1);
+        t.b = a.w_hh_t[p] + b0 * a.hh_block[p];
+        for (int64_t i = 0; i < tiling.row.pieces; ++i) {
+          int64_t j = j0 + tiling.row.begin(i);
+          int n = int(tiling.row.begin(i + 1) - tiling.row.begin(i));
+          for (int r = 0; r < n; ++r) {
+            t.a[r] = gates(0, from + j + r) + span.first * L;
+            t.cin[r] = q == 0 ? a.carry[0] + (j + r) * padded + b0 * L : f.zeros;
+            t.cout[r] = scratch + r * tile_max_vectors * L;
+          }
+          run_tile<T, 1>(n, int(b1 - b0), t);
+          for (int r = 0; r < n; ++r)
+            for (int64_t b = b0; b < b1; ++b) then(j + r, b, t.cout[r] + (b - b0) * L);
+        }
+      }
+    }
+  }
+
+  template <int q, bool full>
+  FUSEDRNN_INLINE void cell(int64_t s, int64_t now, int64_t j, int64_t b, int width, const T* product) const {
+    const Lanes<T, full> lanes{width};
+    const int64_t u = b * L;
+    V slot[Cell::slots], carry[Cell::states], save[Cell::saved + 1];
+    V grad = V::load(product);
+    if (q == 0 && a.dy.base) grad = grad + lanes.load(a.dy.at(s, j) + u);
+    for (int i = 0; i < Cell::states; ++i) carry[i] = V::load(a.carry[i] + j * padded + u);
+    const T* saved = f.saved + (f.schedule.offset[s] + j) * Cell::saved * H + u * Cell::saved;
+    for (int i = 0; i < Cell::saved; ++i) save[i] = lanes.load(saved + i * lanes.stride());
+    T* to = gates(b, now + j);
+    for (int i = 0; i < Cell::slots; ++i) slot[i] = q == 0 ? V(T(0)) : V::load(to + i * L);
+    Cell::template backward<q>(grad, slot, carry, save, lanes.load(f.y.at(s, j) + u),
+                               lanes.load(forward.h_prev(s, j) + u));
+    for (int i = 0; i < Cell::slots; ++i) lanes.clear_rest(slot[i]).store(to + i * L);
+    for (int i = 0; i < Cell::states; ++i) carry[i].store(a.carry[i] + j * padded + u);
+  }
+
+  // The rows of a chunk, in the order in which the loop met them.
+  struct Walk {
+    const int64_t* active;
+    int64_t s, j;
+    FUSEDRNN_INLINE void skip(int64_t n) {
+      for (j += n; j >= active[s] && s > 0; --s) j -= active[s];
+    }
+  };
+
+  // The chunk's share of dW, db and dx: steps lo to hi, whose gradients are rows [batch, batch + rows); `done` rows were
+  // reduced before them.
+  void chunk_gradients(int64_t lo, int64_t hi, int64_t rows, int64_t done) const {
+    const bool last = lo == 0;
+    if (a.dw_ih) pack_operands(hi, rows);
+    wait(team.all);
+    if (a.dw_ih) {
+      outer_product(Cell::input, f.I, a.x_panel, a.dw_ih, a.sum_w_ih, rows, done, last);
+      for (int p = 0; p < Cell::phases; ++p)
+        outer_product(Cell::recurrent[p], H, a.h_panel[p], a.dw_hh, a.sum_w_hh, rows, done, last);
+    }
+    if (a.db_ih) bias_gradients(rows, done, last);
+    if (a.dx.base) input_gradients(hi, rows);
+  }
+
+  // This rank's share of n tasks.
+  FUSEDRNN_INLINE Cut tasks(int64_t n) const { return {n, team.plan.threads()}; }
+
+  // The operands' rows, a vector wide, as panels for the outer products.
+  void pack_operands(int64_t hi, int64_t rows) const {
+    const int64_t inputs = ceil_div(f.I, L);
+    Cut cut = tasks(inputs + Cell::phases * blocks);
+    for (int64_t n = cut.begin(team.rank); n < cut.begin(team.rank + 1); ++n) {
+      const int64_t p = (n - inputs) / blocks, vec = n < inputs ? n : (n - inputs) % blocks;
+      T* to = (n < inputs ? a.x_panel : a.h_panel[p]) + vec * team.plan.chunk_rows * L;
+      const int width = block_width<T>(n < inputs ? f.I : H, vec);
+      Walk at{f.schedule.active, hi, 0};
+      for (int64_t i = 0; i < rows; ++i, to += L, at.skip(1)) {
+        const T* from = n < inputs ? f.x.at(at.s, at.j) : p == 0 ? forward.h_prev(at.s, at.j) : forward.operand(at.s, at.j);
+        V::load(from + vec * L, width).store(to);
+      }
+    }
+  }
+
+  // dw[gate(slot) * H + u][n] += sum over rows of gates[slot, u] * panel[n], for the slots of a span.
+  void outer_product(Span span, int64_t N, const T* panel, T* dw, T* sum, int64_t rows, int64_t done, bool last) const {
+    const Cut columns{ceil_div(N, L), ceil_div(ceil_div(N, L), 4)};
+    Cut cut = tasks(blocks * columns.pieces);
+    T scratch[8 * 4 * L];
+    Tile<T> t;
+    t.segments = 1, t.a_stride = slots, t.a_segment = 0, t.b_block = team.plan.chunk_rows * L;
+    for (int64_t task = cut.begin(team.rank); task < cut.begin(team.rank + 1); ++task) {
+      const int64_t b = task / columns.pieces, g = task % columns.pieces;
+      const int64_t n0 = columns.begin(g), vectors = columns.begin(g + 1) - n0;
+      const int64_t width = smallest(N - n0 * L, vectors * L);
+      const bool whole = width == vectors * L;
+      for (int64_t r0 = 0, r1; r0 < rows; r0 = r1) {  // up to the next border of a block of the reduction
+        r1 = smallest(rows, r0 + reduction_rows - (done + r0) % reduction_rows);
+        const bool starts = (done + r0) % reduction_rows == 0;
+        const bool flush = sum && ((done + r1) % reduction_rows == 0 || (last && r1 == rows));
+        const bool adds = a.adds || done + r0 >= reduction_rows;
+        t.k = r1 - r0;
+        t.b = panel + n0 * t.b_block + r0 * L;
+        for (int s = span.first; s < span.first + span.count; ++s) {
+          const Cut lane{block_width<T>(H, b), ceil_div(block_width<T>(H, b), tile_max_rows(4))};
+          for (int64_t i = 0; i < lane.pieces; ++i) {
+            const int n = int(lane.begin(i + 1) - lane.begin(i));
+            const int64_t row = (Cell::slot_gate[s] * H + b * L + lane.begin(i)) * N + n0 * L;
+            T* to = (sum ? sum : dw) + row;
+            for (int r = 0; r < n; ++r) {
+              t.a[r] = gates(b, batch + r0) + s * L + lane.begin(i) + r;
+              t.cout[r] = whole ? to + r * N : scratch + r * 4 * L;
+              t.cin[r] = starts ? f.zeros : t.cout[r];
+              if (!starts && !whole)
+                for (int64_t v = 0; v < width; ++v) t.cout[r][v] = to[r * N + v];
+            }
+            t.cin_block = starts ? 0 : L, t.cout_block = L;
+            run_tile<T, 1>(n, int(vectors), t);
+            if (!whole)
+              for (int r = 0; r < n; ++r)
+                for (int64_t v = 0; v < width; ++v) to[r * N + v] = t.cout[r][v];
+            if (flush)
+              for (int r = 0; r < n; ++r) add_to(dw + row + r * N, to + r * N, width, adds);
+          }
+        }
+      }
+    }
+  }
+
+  static FUSEDRNN_INLINE void add_to(T* to, const T* from, int64_t n, bool adds) {
+    if (adds)
+      for (int64_t i = 0; i < n; ++i) to[i] += from[i];
+    else
+      for (int64_t i = 0; i < n; ++i) to[i] = from[i];
+  }
+
+  void bias_gradients(int64_t rows, int64_t done, bool last) const {
+    Cut cut = tasks(blocks);
+    for (int64_t b = cut.begin(team.rank); b < cut.begin(team.rank + 1); ++b) {
+      T* sum = a.sum_b + b * slots;
+      for (int64_t r0 = 0, r1; r0 < rows; r0 = r1) {
+        r1 = smallest(rows, r0 + reduction_rows - (done + r0) % reduction_rows);
+        V acc[Cell::slots];
+        for (int i = 0; i < Cell::slots; ++i)
+          acc[i] = (done + r0) % reduction_rows == 0 ? V(T(0)) : V::load(sum + i * L);
+        for (int64_t r = r0; r < r1; ++r)
+          for (int i = 0; i < Cell::slots; ++i) acc[i] += V::load(gates(b, batch + r) + i * L);
+        for (int i = 0; i < Cell::slots; ++i) acc[i].store(sum + i * L);
+        if ((done + r1) % reduction_rows != 0 && !(last && r1 == rows)) continue;
+        const bool adds = a.adds || done + r0 >= reduction_rows;
+        const int width = block_width<T>(H, b);
+        for (int i = Cell::input.first; i < Cell::input.first + Cell::input.count; ++i)
+          add_to(a.db_ih + Cell::slot_gate[i] * H + b * L, sum + i * L, width, adds);
+        for (int p = 0; p < Cell::phases; ++p)
+          for (int i = Cell::recurrent[p].first; i < Cell::recurrent[p].first + Cell::recurrent[p].count; ++i)
+            add_to(a.db_hh + Cell::slot_gate[i] * H + b * L, sum + i * L, width, adds);
+      }
+    }
+  }
+
+  // dx = W_ih^T times the gradients of the slots that x feeds.
+  void input_gradients(int64_t hi, int64_t rows) const {
+    const Tiling<T, 1> tiling(rows, ceil_div(f.I, L));
+    Cut cut = tasks(tiling.block.pieces * tiling.row.pieces);
+    T scratch[8 * tile_max_vectors * L];
+    Tile<T> t;
+    t.k = Cell::input.count * L, t.segments = blocks, t.a_stride = 1, t.a_segment = a.gates_block;
+    t.b_block = a.ih_block, t.cin_block = 0, t.cout_block = L;
+    Walk at{f.schedule.active, hi, 0};
+    int64_t walked = 0;
+    for (int64_t task = cut.begin(team.rank); task < cut.begin(team.rank + 1); ++task) {
+      const int64_t g = task / tiling.row.pieces, p = task % tiling.row.pieces;
+      const int64_t n0 = tiling.block.begin(g), vectors = tiling.block.begin(g + 1) - n0, r0 = tiling.row.begin(p);
+      const int n = int(tiling.row.begin(p + 1) - r0);
+      if (r0 < walked) at = {f.schedule.active, hi, 0}, walked = 0;
+      at.skip(r0 - walked);
+      t.b = a.w_ih_t + n0 * a.ih_block;
+      for (int r = 0; r < n; ++r) {
+        t.a[r] = gates(0, batch + r0 + r) + Cell::input.first * L;
+        t.cin[r] = f.zeros;
+        t.cout[r] = scratch + r * tile_max_vectors * L;
+      }
+      run_tile<T, 1>(n, int(vectors), t);
+      for (int r = 0; r < n; ++r, at.skip(1))
+        add_to(a.dx.at(at.s, at.j) + n0 * L, t.cout[r], smallest(f.I - n0 * L, vectors * L), a.dx_adds);
+      walked = r0 + n;
+    }
+  }
+};
+
+}  // namespace fusedrnn::FUSEDRNN_TARGET

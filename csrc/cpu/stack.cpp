@@ -1,0 +1,645 @@
+#include "cpu/stack.h"
+
+#include <string.h>
+
+#include <algorithm>
+#include <numeric>
+
+#include "cpu/dispatch.h"
+#include "cpu/plan.h"
+#include "cpu/threads.h"
+
+namespace fusedrnn {
+namespace {
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// This rank's part of n.
+struct Part {
+  int64_t begin, end;
+  Part(int64_t n, int rank, int threads) : begin(n * rank / threads), end(n * (rank + 1) / threads) {}
+};
+
+// The row tables of one call, which Rows point into.
+class RowTables {
+ public:
+  // Rows of a sequence in the order of processing; `column` is where the direction's part of a row starts.
+  template <class T>
+  Rows<T> rows(const Sequence<T>& a, const Order& order, bool backward_in_time, int64_t column) {
+    if (!a.data) return {nullptr, 0, nullptr};
+    std::vector<ptrdiff_t> table(order.from.size());
+    for (size_t j = 0; j < table.size(); ++j)
+      table[j] = order.from[j] * a.row + (backward_in_time ? (order.length[j] - 1) * a.step : 0) + column;
+    return {a.data, backward_in_time ? -a.step : a.step, keep(std::move(table))};
+  }
+  const ptrdiff_t* states(const Order& order, int64_t H) {
+    std::vector<ptrdiff_t> table(order.from.size());
+    for (size_t j = 0; j < table.size(); ++j) table[j] = order.from[j] * H;
+    return keep(std::move(table));
+  }
+
+ private:
+  const ptrdiff_t* keep(std::vector<ptrdiff_t>&& table) {
+    tables_.push_back(std::move(table));
+    return tables_.back().data();
+  }
+  std::vector<std::vector<ptrdiff_t>> tables_;
+};
+
+template <class T>
+Sequence<T> time_major(T* data, int64_t B, int64_t width) {
+  return {data, ptrdiff_t(B * width), ptrdiff_t(width)};
+}
+
+// The threads of a call, and which of them run which direction.
+class Crew {
+ public:
+  // `plans` makes the plan of a layer for a number of threads.
+  template <class MakePlan>
+  Crew(const Spec& spec, MakePlan make_plan) : D_(spec.D), lease_(most_threads(spec, make_plan)) {
+    threads_ = lease_.size();
+    split_ = D_ == 2 && threads_ >= 2;
+    for (int64_t l = 0; l < spec.L; ++l) plans_.push_back(make_plan(l, split_ ? threads_ / 2 : threads_));
+    all_.reset(threads_, lease_.crowded());
+    for (int64_t i = 0; i < spec.count(); ++i) {
+      const Plan& plan = plans_[i / D_];
+      barriers_.push_back(std::make_unique<Barrier[]>(1 + plan.row_threads));
+      barriers_.back()[0].reset(plan.threads(), lease_.crowded());
+      for (int r = 0; r < plan.row_threads; ++r) barriers_.back()[1 + r].reset(plan.unit_threads, lease_.crowded());
+    }
+  }
+  int threads() const { return threads_; }
+  bool split() const { return split_; }  // the two directions run at the same time, each on half of the threads
+  int first_rank(int d) const { return split_ ? d * (threads_ / 2) : 0; }
+  const Plan& plan(int64_t layer) const { return plans_[layer]; }
+  void wait() { all_.wait(); }
+  void run(const std::function<void(int)>& work) { lease_.run(threads_, work); }
+
+  // Calls work(d, team) for the directions of the layer that this rank takes part in.
+  template <class Work>
+  void directions(int64_t layer, int rank, Work work) {
+    for (int d = 0; d < D_; ++d) {
+      int r = rank - first_rank(d);
+      Barrier* barriers = barriers_[layer * D_ + d].get();
+      if (r >= 0 && r < plans_[layer].threads()) work(d, Team{plans_[layer], barriers, barriers + 1, r});
+    }
+  }
+
+ private:
+  template <class MakePlan>
+  static int most_threads(const Spec& spec, MakePlan make_plan) {
+    int wanted = wanted_threads(), most = 1;
+    if (wanted == 1) return 1;
+    for (int64_t l = 0; l < spec.L; ++l)
+      most = std::max(most, spec.D == 2 && make_plan(l, wanted).threads() > 1 ? wanted : make_plan(l, wanted).threads());
+    return most;
+  }
+
+  int D_, threads_;
+  bool split_;
+  Lease lease_;
+  std::vector<Plan> plans_;
+  Barrier all_;
+  std::vector<std::unique_ptr<Barrier[]>> barriers_;
+};
+
+template <class T>
+LayerSize layer_size(const Spec& spec, int64_t layer, int64_t T_, int64_t B) {
+  return {T_, B, spec.input_size(layer), spec.H, &spec.info(), kernels<T>().lanes, int(sizeof(T))};
+}
+
+// Distance between the blocks of a panel: a line more than they need, so that neighbours do not share cache sets.
+template <class T>
+int64_t block_stride(int64_t K, int64_t count) {
+  return (K * count + 1) * kernels<T>().lanes;
+}
+
+struct Dropout {
+  double p;
+  uint64_t seed;
+  // Applies the mask of the boundary below `layer` to this rank's part of n elements.
+  template <class T>
+  void apply(const T* x, T* out, int64_t n, int64_t layer, int rank, int threads) const {
+    Part part(n, rank, threads);
+    auto threshold = uint32_t(std::min(p * 4294967296.0, 4294967295.0));
+    kernels<T>().dropout(x + part.begin, out + part.begin, part.end - part.begin, seed,
+                         uint64_t(layer) * uint64_t(n) + uint64_t(part.begin), threshold, T(1.0 / (1.0 - p)));
+  }
+};
+
+// Zeros where a sequence has ended.
+template <class T>
+void clear_padding(const Sequence<T>& a, int64_t width, const Order& order, int64_t T_) {
+  for (size_t j = 0; j < order.from.size(); ++j)
+    for (int64_t t = order.length[j]; t < T_; ++t)
+      std::fill_n(a.data + t * a.step + order.from[j] * a.row, width, T(0));
+}
+
+class Hash {
+ public:
+  void add(const void* data, size_t bytes) {
+    auto p = static_cast<const unsigned char*>(data);
+    uint64_t lane[4] = {state_, ~state_, state_ + 1, state_ + 2};
+    size_t i = 0;
+    for (; i + 32 <= bytes; i += 32)
+      for (int k = 0; k < 4; ++k) lane[k] = step(lane[k], word(p + i + 8 * k));
+    for (; i + 8 <= bytes; i += 8) lane[0] = step(lane[0], word(p + i));
+    if (i < bytes) {
+      uint64_t rest = 0;
+      memcpy(&rest, p + i, bytes - i);
+      lane[1] = step(lane[1], rest);
+    }
+    state_ = step(step(step(step(bytes, lane[0]), lane[1]), lane[2]), lane[3]);
+  }
+  uint64_t value() const { return state_; }
+
+ private:
+  static uint64_t word(const unsigned char* p) {
+    uint64_t w;
+    memcpy(&w, p, 8);
+    return w;
+  }
+  static uint64_t step(uint64_t h, uint64_t w) {
+    h = (h ^ w) * 0x9fb21c651e98df25u;
+    return h ^ (h >> 32);
+  }
+  uint64_t state_ = 0x51ed270b76a9d4e1u;
+};
+
+}  // namespace
+
+Order::Order(int64_t T, int64_t B, const int64_t* lengths) : from(B), length(B, T) {
+  std::iota(from.begin(), from.end(), 0);
+  if (lengths) {
+    std::stable_sort(from.begin(), from.end(), [&](int64_t a, int64_t b) { return lengths[a] > lengths[b]; });
+    for (int64_t j = 0; j < B; ++j) length[j] = lengths[from[j]];
+  }
+  const int64_t steps = B > 0 ? length[0] : 0;
+  active.assign(steps + 1, 0);
+  offset.assign(steps + 1, 0);
+  int64_t running = B;
+  for (int64_t s = 0; s < steps; ++s) {
+    while (length[running - 1] <= s) --running;
+    active[s] = running;
+    offset[s + 1] = offset[s] + running;
+  }
+}
+
+template <class T>
+Panels<T>::Panels(const Spec& spec) : spec_(spec), layers_(spec.count()) {
+  const CellInfo& cell = spec.info();
+  const int64_t lanes = kernels<T>().lanes, blocks = ceil_div(spec.H, lanes);
+  for (int64_t i = 0; i < spec.count(); ++i) {
+    Layer& l = layers_[i];
+    l.ih_block = block_stride<T>(spec.input_size(i / spec.D), cell.input.count);
+    arena_.want(&l.w_ih, {blocks, l.ih_block});
+    for (int p = 0; p < cell.phases; ++p) {
+      l.hh_block[p] = block_stride<T>(spec.H, cell.recurrent[p].count);
+      arena_.want(&l.w_hh[p], {blocks, l.hh_block[p]});
+    }
+    arena_.want(&l.bias, {blocks, cell.slots, lanes});
+  }
+  arena_.allocate();
+}
+
+template <class T>
+Panels<T>::Panels(const Spec& spec, const StackWeights<const T>& weights) : Panels(spec) {
+  pack(weights, 0, 1);
+}
+
+template <class T>
+void Panels<T>::pack(const StackWeights<const T>& weights, int rank, int threads) {
+  const CellInfo& cell = spec_.info();
+  const Kernels<T>& k = kernels<T>();
+  const int64_t H = spec_.H, lanes = k.lanes, blocks = ceil_div(H, lanes);
+  const Part part(blocks, rank, threads);
+  for (int64_t i = 0; i < spec_.count(); ++i) {
+    const Weights<const T>& w = weights[i];
+    const Layer& to = layers_[i];
+    k.pack_gates(w.w_ih, H, spec_.input_size(i / spec_.D), cell.slot_gate + cell.input.first, cell.input.count,
+                 part.begin, part.end, to.w_ih, to.ih_block);
+    for (int p = 0; p < cell.phases; ++p)
+      k.pack_gates(w.w_hh, H, H, cell.slot_gate + cell.recurrent[p].first, cell.recurrent[p].count, part.begin,
+                   part.end, to.w_hh[p], to.hh_block[p]);
+    auto fed = [](Span span, int slot) { return slot >= span.first && slot < span.first + span.count; };
+    for (int64_t b = part.begin; b < part.end; ++b)
+      for (int s = 0; s < cell.slots; ++s)
+        for (int64_t u = b * lanes; u < (b + 1) * lanes; ++u) {
+          T value = 0;
+          if (spec_.bias && u < H) {
+            if (fed(cell.input, s)) value += w.b_ih[cell.slot_gate[s] * H + u];
+            for (int p = 0; p < cell.phases; ++p)
+              if (fed(cell.recurrent[p], s)) value += w.b_hh[cell.slot_gate[s] * H + u];
+          }
+          to.bias[(b * cell.slots + s) * lanes + u - b * lanes] = value;
+        }
+  }
+}
+
+template <class T>
+Tape<T>::Tape(const Spec& spec, int64_t T_, int64_t B, const int64_t* lengths, bool has_state, double dropout,
+              uint64_t seed)
+    : T_(T_), B(B), order(T_, B, lengths), saved(spec.count()), operand(spec.count()), y(spec.L), dropout(dropout),
+      seed(seed) {
+  for (int64_t i = 0; i < spec.count(); ++i) {
+    arena.want(&saved[i], {order.rows(), spec.info().saved, spec.H});
+    if (spec.info().phases > 1) arena.want(&operand[i], {order.rows(), spec.H});
+  }
+  for (int64_t l = 0; l < spec.L; ++l) arena.want(&y[l], {T_, B, spec.D, spec.H});
+  if (has_state) arena.want(&h0, {spec.count(), B, spec.H});
+  arena.allocate();
+}
+
+template <class T>
+void run_forward(const StackForward<T>& call, Tape<T>* tape) {
+  const Spec& spec = call.spec;
+  const int64_t T_ = call.T_, B = call.B, H = spec.H, width = spec.D * H, lanes = kernels<T>().lanes;
+  const CellInfo& cell = spec.info();
+  if (B == 0) return;
+  std::unique_ptr<Order> own_order;
+  if (!tape) own_order = std::make_unique<Order>(T_, B, call.lengths);
+  const Order& order = tape ? tape->order : *own_order;
+
+  Crew crew(spec, [&](int64_t l, int threads) {
+    return forward_plan(layer_size<T>(spec, l, order.active.size() - 1, B), this_machine(), threads);
+  });
+  std::unique_ptr<Panels<T>> own_panels;
+  if (!call.panels) own_panels = std::make_unique<Panels<T>>(spec);
+  const Panels<T>& panels = call.panels ? *call.panels : *own_panels;
+
+  // Workspace
+  int64_t pre_thread = 0;
+  for (int64_t l = 0; l < spec.L; ++l) {
+    const Plan& plan = crew.plan(l);
+    pre_thread = std::max(pre_thread, plan.chunk_steps * ceil_div(B, plan.row_threads) *
+                                          ceil_div(ceil_div(H, lanes), plan.unit_threads) * cell.slots * lanes);
+  }
+  const bool drops = tape && tape->dropout > 0 && spec.L > 1;
+  Arena arena;
+  T *pre, *zeros, *between = nullptr, *operand[2] = {nullptr, nullptr};
+  arena.want(&pre, {crew.threads(), pre_thread});
+  arena.want(&zeros, {H + lanes});
+  if (spec.L > 1 && (!tape || drops)) arena.want(&between, {T_, B, width});
+  if (!tape && cell.phases > 1)
+    for (int d = 0; d < spec.D; ++d) arena.want(&operand[d], {B, H});
+  arena.allocate();
+  std::fill_n(zeros, H + lanes, T(0));
+  if (tape && tape->h0) std::copy_n(call.state[0], spec.count() * B * H, tape->h0);
+
+  RowTables tables;
+  const ptrdiff_t* state_row = tables.states(order, H);
+  std::vector<ForwardArgs<T>> args(spec.count());
+  Sequence<const T> x = call.x;
+  for (int64_t l = 0; l < spec.L; ++l) {
+    // Inference writes inner layers in turns to one buffer and to the caller's y, which the last layer then overwrites.
+    const bool top = l == spec.L - 1;
+    Sequence<T> y = tape ? time_major(tape->y[l], B, width)
+                         : (spec.L - 1 - l) % 2 == 0 ? call.y : time_major(between, B, width);
+    for (int d = 0; d < spec.D; ++d) {
+      const int64_t i = l * spec.D + d;
+      const bool back = spec.backward_in_time(d);
+      const auto& p = panels[i];
+      ForwardArgs<T>& a = args[i];
+      a.I = spec.input_size(l), a.H = H;
+      a.schedule = order.schedule(B);
+      a.x = tables.rows(x, order, back, 0);
+      a.y = tables.rows(y, order, back, d * H);
+      a.copy = tables.rows(tape && top ? call.y : Sequence<T>{}, order, back, d * H);
+      for (int s = 0; s < cell.states; ++s) {
+        a.state[s] = call.state[s] ? call.state[s] + i * B * H : nullptr;
+        a.final_state[s] = call.final_state[s] + i * B * H;
+      }
+      a.state_row = state_row;
+      a.w_ih = p.w_ih, a.ih_block = p.ih_block, a.bias = p.bias;
+      for (int q = 0; q < cell.phases; ++q) a.w_hh[q] = p.w_hh[q], a.hh_block[q] = p.hh_block[q];
+      a.training = tape != nullptr;
+      a.saved = tape ? tape->saved[i] : nullptr;
+      a.operand = tape ? tape->operand[i] : operand[d];
+      a.pre = pre + crew.first_rank(d) * pre_thread, a.pre_thread = pre_thread;
+      a.zeros = zeros;
+    }
+    if (!top) x = drops ? Sequence<const T>(time_major<const T>(between, B, width)) : Sequence<const T>{y.data, y.step, y.row};
+  }
+
+  crew.run([&](int rank) {
+    if (own_panels) own_panels->pack(call.weights, rank, crew.threads());
+    if (tape && rank == crew.threads() - 1) {
+      tape->x_sum = checksum(call.x, spec.I, order);
+      tape->weights_sum = checksum(spec, call.weights);
+    }
+    crew.wait();
+    for (int64_t l = 0; l < spec.L; ++l) {
+      if (l > 0 && drops) {
+        Dropout{tape->dropout, tape->seed}.apply<T>(tape->y[l - 1], between, T_ * B * width, l, rank, crew.threads());
+        crew.wait();
+      }
+      crew.directions(l, rank, [&](int d, const Team& team) {
+        kernels<T>().cell[spec.cell].forward(args[l * spec.D + d], team);
+      });
+      crew.wait();
+    }
+  });
+  if (call.lengths) clear_padding(call.y, width, order, T_);
+}
+
+template <class T>
+void run_backward(const StackBackward<T>& call) {
+  const Spec& spec = call.spec;
+  const Tape<T>& tape = *call.tape;
+  const Order& order = tape.order;
+  const int64_t T_ = tape.T_, B = tape.B, H = spec.H, width = spec.D * H;
+  const Kernels<T>& k = kernels<T>();
+  const int64_t lanes = k.lanes, blocks = ceil_div(H, lanes), padded = blocks * lanes;
+  const CellInfo& cell = spec.info();
+  const bool wants_weights = !call.dweights.empty();
+  if (wants_weights && !call.adds && order.rows() == 0)
+    for (int64_t i = 0; i < spec.count(); ++i) {
+      const Weights<T>& g = call.dweights[i];
+      std::fill_n(g.w_ih, cell.gates * H * spec.input_size(i / spec.D), T(0));
+      std::fill_n(g.w_hh, cell.gates * H * H, T(0));
+      if (spec.bias) std::fill_n(g.b_ih, cell.gates * H, T(0)), std::fill_n(g.b_hh, cell.gates * H, T(0));
+    }
+  if (B == 0) return;
+
+  Crew crew(spec, [&](int64_t l, int threads) {
+    return backward_plan(layer_size<T>(spec, l, order.active.size() - 1, B), this_machine(), threads);
+  });
+
+  // Workspace: one set, or one for each direction when both run at the same time.
+  struct Work {
+    T *gates, *carry[max_states], *x_panel, *h_panel[max_phases], *sum_w_ih, *sum_w_hh, *sum_b;
+  } work[2] = {};
+  struct Transposed {
+    T *w_ih, *w_hh[max_phases];
+    int64_t ih_block, hh_block[max_phases];
+  };
+  std::vector<Transposed> transposed(spec.count());
+  int64_t chunk_rows = 0;
+  for (int64_t l = 0; l < spec.L; ++l) chunk_rows = std::max(chunk_rows, crew.plan(l).chunk_rows);
+  const int64_t widest = spec.L > 1 ? std::max(spec.I, width) : spec.I;
+  const int64_t gates_block = (B + chunk_rows) * cell.slots * lanes + lanes;
+  const bool sums = wants_weights && (call.adds || order.rows() > reduction_rows);
+  Arena arena;
+  T *zeros, *between[2] = {}, *second = nullptr, *masked = nullptr;
+  arena.want(&zeros, {std::max(H, lanes) + lanes});
+  for (int d = 0; d < (crew.split() ? 2 : 1); ++d) {
+    Work& w = work[d];
+    arena.want(&w.gates, {blocks, gates_block});
+    for (int s = 0; s < cell.states; ++s) arena.want(&w.carry[s], {B, padded});
+    if (wants_weights) {
+      arena.want(&w.x_panel, {ceil_div(widest, lanes), chunk_rows, lanes});
+      for (int p = 0; p < cell.phases; ++p) arena.want(&w.h_panel[p], {blocks, chunk_rows, lanes});
+      arena.want(&w.sum_b, {blocks, cell.slots, lanes});
+    }
+    if (sums) {
+      arena.want(&w.sum_w_ih, {cell.gates, H, widest});
+      arena.want(&w.sum_w_hh, {cell.gates, H, H});
+    }
+  }
+  for (int64_t i = 0; i < spec.count(); ++i) {
+    Transposed& t = transposed[i];
+    if (i >= spec.D || call.dx.data) {
+      t.ih_block = block_stride<T>(padded * cell.input.count, 1);
+      arena.want(&t.w_ih, {ceil_div(spec.input_size(i / spec.D), lanes), t.ih_block});
+    }
+    for (int p = 0; p < cell.phases; ++p) {
+      t.hh_block[p] = block_stride<T>(padded * cell.recurrent[p].count, 1);
+      arena.want(&t.w_hh[p], {blocks, t.hh_block[p]});
+    }
+  }
+  const Dropout dropout{tape.dropout, tape.seed};
+  const bool drops = tape.dropout > 0 && spec.L > 1;
+  for (int n = 0; n < 2; ++n)
+    if (spec.L > n + 1) arena.want(&between[n], {T_, B, width});
+  if (drops) arena.want(&masked, {T_, B, width});
+  if (crew.split()) arena.want(&second, {T_, B, widest});
+  arena.allocate();
+  std::fill_n(zeros, std::max(H, lanes) + lanes, T(0));
+  if (call.dx.data && !call.adds) clear_padding(call.dx, spec.I, order, T_);
+
+  RowTables tables;
+  const ptrdiff_t* state_row = tables.states(order, H);
+  std::vector<BackwardArgs<T>> args(spec.count());
+  std::vector<Sequence<T>> dx(spec.L);
+  for (int64_t l = 0; l < spec.L; ++l) {
+    dx[l] = l == 0 ? call.dx : time_major(between[(l - 1) % 2], B, width);
+    const Sequence<const T> x = l == 0 ? call.x
+                                       : time_major<const T>(drops ? masked : tape.y[l - 1], B, width);
+    const Sequence<const T> dy = l == spec.L - 1 ? call.dy : time_major<const T>(between[l % 2], B, width);
+    for (int d = 0; d < spec.D; ++d) {
+      const int64_t i = l * spec.D + d;
+      const bool back = spec.backward_in_time(d);
+      const Work& w = work[crew.split() ? d : 0];
+      const Transposed& t = transposed[i];
+      BackwardArgs<T>& a = args[i];
+      ForwardArgs<T>& f = a.forward;
+      f = {};
+      f.I = spec.input_size(l), f.H = H;
+      f.schedule = order.schedule(B);
+      f.x = tables.rows(x, order, back, 0);
+      f.y = tables.rows(time_major(tape.y[l], B, width), order, back, d * H);
+      f.state[0] = tape.h0 ? tape.h0 + i * B * H : nullptr;
+      f.state_row = state_row;
+      f.saved = tape.saved[i], f.operand = tape.operand[i];
+      f.training = true;
+      f.zeros = zeros;
+      a.dy = tables.rows(dy, order, back, d * H);
+      const bool aside = crew.split() && d == 1;  // the second direction's dx, added when both are done
+      a.dx = tables.rows(dx[l].data && aside ? time_major(second, B, f.I) : dx[l], order, back, 0);
+      a.dx_adds = !aside && (d == 1 || (l == 0 && call.adds));
+      for (int s = 0; s < cell.states; ++s) {
+        a.dfinal_state[s] = call.dfinal_state[s] ? call.dfinal_state[s] + i * B * H : nullptr;
+        a.dstate[s] = call.dstate[s] ? call.dstate[s] + i * B * H : nullptr;
+        a.carry[s] = w.carry[s];
+      }
+      a.adds = call.adds;
+      const Weights<T> g = wants_weights ? call.dweights[i] : Weights<T>{};
+      a.dw_ih = g.w_ih, a.dw_hh = g.w_hh, a.db_ih = g.b_ih, a.db_hh = g.b_hh;
+      a.w_ih_t = t.w_ih, a.ih_block = t.ih_block;
+      a.x_panel = w.x_panel;
+      for (int p = 0; p < cell.phases; ++p)
+        a.w_hh_t[p] = t.w_hh[p], a.hh_block[p] = t.hh_block[p], a.h_panel[p] = w.h_panel[p];
+      a.gates = w.gates, a.gates_block = gates_block;
+      a.sum_w_ih = w.sum_w_ih, a.sum_w_hh = w.sum_w_hh, a.sum_b = w.sum_b;
+    }
+  }
+
+  crew.run([&](int rank) {
+    const int threads = crew.threads();
+    for (int64_t i = 0; i < spec.count(); ++i) {
+      const Weights<const T>& w = call.weights[i];
+      const Transposed& t = transposed[i];
+      const int64_t I = spec.input_size(i / spec.D);
+      if (t.w_ih) {
+        Part part(ceil_div(I, lanes), rank, threads);
+        k.pack_transposed(w.w_ih, H, I, cell.slot_gate + cell.input.first, cell.input.count, part.begin, part.end,
+                          t.w_ih, t.ih_block);
+      }
+      Part part(blocks, rank, threads);
+      for (int p = 0; p < cell.phases; ++p)
+        k.pack_transposed(w.w_hh, H, H, cell.slot_gate + cell.recurrent[p].first, cell.recurrent[p].count, part.begin,
+                          part.end, t.w_hh[p], t.hh_block[p]);
+    }
+    crew.wait();
+    for (int64_t l = spec.L - 1; l >= 0; --l) {
+      if (l > 0 && drops) dropout.apply<T>(tape.y[l - 1], masked, T_ * B * width, l, rank, threads);
+      crew.wait();
+      crew.directions(l, rank, [&](int d, const Team& team) {
+        k.cell[spec.cell].backward(args[l * spec.D + d], team);
+      });
+      crew.wait();
+      if (crew.split() && dx[l].data) {
+        const int64_t I = spec.input_size(l);
+        Part part(order.from.size(), rank, threads);
+        for (int64_t j = part.begin; j < part.end; ++j)
+          for (int64_t t = 0; t < order.length[j]; ++t) {
+            T* to = dx[l].data + t * dx[l].step + order.from[j] * dx[l].row;
+            const T* from = second + (t * B + order.from[j]) * I;
+            for (int64_t n = 0; n < I; ++n) to[n] += from[n];
+          }
+        crew.wait();
+      }
+      if (l > 0 && drops) {
+        dropout.apply<T>(dx[l].data, dx[l].data, T_ * B * width, l, rank, threads);
+        crew.wait();
+      }
+    }
+  });
+}
+
+template <class T>
+uint64_t checksum(const Sequence<const T>& x, int64_t width, const Order& order) {
+  Hash hash;
+  for (size_t s = 0; s + 1 < order.active.size(); ++s)
+    for (int64_t j = 0; j < order.active[s]; ++j)
+      hash.add(x.data + int64_t(s) * x.step + order.from[j] * x.row, width * sizeof(T));
+  return hash.value();
+}
+
+template <class T>
+uint64_t checksum(const Spec& spec, const StackWeights<const T>& weights) {
+  Hash hash;
+  const int64_t rows = spec.info().gates * spec.H;
+  for (int64_t i = 0; i < spec.count(); ++i) {
+    const Weights<const T>& w = weights[i];
+    hash.add(w.w_ih, rows * spec.input_size(i / spec.D) * sizeof(T));
+    hash.add(w.w_hh, rows * spec.H * sizeof(T));
+    if (spec.bias) hash.add(w.b_ih, rows * sizeof(T)), hash.add(w.b_hh, rows * sizeof(T));
+  }
+  return hash.value();
+}
+
+template <class T>
+Stream<T>::Stream(const Spec& spec, std::shared_ptr<const Panels<T>> panels, int64_t B)
+    : spec_(spec), panels_(std::move(panels)), B_(B), order_(1, B, nullptr), levels_(spec.L) {
+  const CellInfo& cell = spec.info();
+  const int64_t H = spec.H, lanes = kernels<T>().lanes;
+  T *pre, *zeros, *operand = nullptr;
+  for (int64_t l = 0; l < spec.L; ++l)
+    most_threads_ = std::max(most_threads_, forward_plan(layer_size<T>(spec, l, 1, B), this_machine(),
+                                                         available_threads()).threads());
+  const int64_t pre_thread = B * ceil_div(H, lanes) * cell.slots * lanes;
+  arena_.want(&pre, {most_threads_, pre_thread});
+  arena_.want(&zeros, {H + lanes});
+  if (cell.phases > 1) arena_.want(&operand, {B, H});
+  for (Level& level : levels_) {
+    for (T*& h : level.h) arena_.want(&h, {B, H});
+    for (int s = 1; s < cell.states; ++s) arena_.want(&level.states[s], {B, H});
+  }
+  arena_.allocate();
+  std::fill_n(zeros, H + lanes, T(0));
+  for (int64_t j = 0; j < B; ++j) state_row_.push_back(j * H), input_row_.push_back(j * spec.I);
+  for (int64_t l = 0; l < spec.L; ++l) {
+    ForwardArgs<T>& a = levels_[l].args;
+    const auto& p = (*panels_)[l];
+    a = {};
+    a.I = spec.input_size(l), a.H = H;
+    a.schedule = order_.schedule(B);
+    a.x = {nullptr, 0, l == 0 ? input_row_.data() : state_row_.data()};
+    a.y = {nullptr, 0, state_row_.data()};
+    a.state_row = state_row_.data();
+    for (int s = 1; s < cell.states; ++s) a.state[s] = a.final_state[s] = levels_[l].states[s];
+    a.w_ih = p.w_ih, a.ih_block = p.ih_block, a.bias = p.bias;
+    for (int q = 0; q < cell.phases; ++q) a.w_hh[q] = p.w_hh[q], a.hh_block[q] = p.hh_block[q];
+    a.operand = operand;
+    a.pre = pre, a.pre_thread = pre_thread;
+    a.zeros = zeros;
+  }
+  plan_for(1);
+  reset();
+}
+
+template <class T>
+void Stream<T>::plan_for(int threads) {
+  all_ = std::make_unique<Barrier>();
+  all_->reset(threads, false);
+  for (int64_t l = 0; l < spec_.L; ++l) {
+    Level& level = levels_[l];
+    level.plan = forward_plan(layer_size<T>(spec_, l, 1, B_), this_machine(), threads);
+    level.barriers = std::make_unique<Barrier[]>(1 + level.plan.row_threads);
+    level.barriers[0].reset(level.plan.threads(), false);
+    for (int r = 0; r < level.plan.row_threads; ++r) level.barriers[1 + r].reset(level.plan.unit_threads, false);
+  }
+  planned_ = threads;
+}
+
+template <class T>
+void Stream<T>::step(const T* x, T* h) {
+  if (B_ == 0) return;
+  const int next = 1 - now_;
+  for (int64_t l = 0; l < spec_.L; ++l) {
+    ForwardArgs<T>& a = levels_[l].args;
+    a.x.base = l == 0 ? x : levels_[l - 1].h[next];
+    a.y.base = l == spec_.L - 1 ? h : levels_[l].h[next];
+    a.state[0] = levels_[l].h[now_];
+    a.final_state[0] = levels_[l].h[next];
+  }
+  const auto forward = kernels<T>().cell[spec_.cell].forward;
+  Lease lease(std::min(most_threads_, wanted_threads()));
+  if (lease.size() != planned_) plan_for(lease.size());
+  lease.run(planned_, [&](int rank) {
+    for (Level& level : levels_) {
+      if (rank < level.plan.threads())
+        forward(level.args, Team{level.plan, &level.barriers[0], &level.barriers[1], rank});
+      if (planned_ > 1 && levels_.size() > 1) all_->wait();
+    }
+  });
+  now_ = next;
+}
+
+template <class T>
+void Stream<T>::reset() {
+  for (int i = 0; i < spec_.info().states; ++i) set_state(i, nullptr);
+}
+
+template <class T>
+void Stream<T>::get_state(int i, T* out) const {
+  const int64_t n = B_ * spec_.H;
+  for (int64_t l = 0; l < spec_.L; ++l) std::copy_n(i == 0 ? levels_[l].h[now_] : levels_[l].states[i], n, out + l * n);
+}
+
+template <class T>
+void Stream<T>::set_state(int i, const T* values) {
+  const int64_t n = B_ * spec_.H;
+  for (int64_t l = 0; l < spec_.L; ++l) {
+    T* to = i == 0 ? levels_[l].h[now_] : levels_[l].states[i];
+    if (values)
+      std::copy_n(values + l * n, n, to);
+    else
+      std::fill_n(to, n, T(0));
+  }
+}
+
+#define FUSEDRNN_INSTANTIATE(T)                                                                 \
+  template class Panels<T>;                                                                     \
+  template struct Tape<T>;                                                                      \
+  template class Stream<T>;                                                                     \
+  template void run_forward(const StackForward<T>&, Tape<T>*);                                  \
+  template void run_backward(const StackBackward<T>&);                                          \
+  template uint64_t checksum(const Sequence<const T>&, int64_t, const Order&);                  \
+  template uint64_t checksum(const Spec&, const StackWeights<const T>&);
+FUSEDRNN_INSTANTIATE(float)
+FUSEDRNN_INSTANTIATE(double)
+#undef FUSEDRNN_INSTANTIATE
+
+}  // namespace fusedrnn

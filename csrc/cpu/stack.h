@@ -1,0 +1,160 @@
+// A stack of layers in one or two directions: what a caller outside of C++ sees. Checks nothing that a caller can get
+// wrong but sizes that overflow; allocates workspace, packs, plans, and runs the layers on a team of threads.
+#pragma once
+
+#include <memory>
+#include <vector>
+
+#include "args.h"
+#include "cells/all.h"
+#include "cpu/memory.h"
+#include "cpu/threads.h"
+
+namespace fusedrnn {
+
+struct Spec {
+  int cell;              // index into cells[]
+  int64_t I, H, L;
+  int D;                 // directions
+  bool bias, reverse;    // reverse: the only direction runs backward in time
+  const CellInfo& info() const { return cells[cell]; }
+  int64_t input_size(int64_t layer) const { return layer == 0 ? I : D * H; }
+  int64_t count() const { return L * D; }
+  bool backward_in_time(int d) const { return reverse || d == 1; }
+};
+
+// One layer's parameters in one direction, or their gradients, C-contiguous: (gates*H, in), (gates*H, H), (gates*H) and
+// (gates*H); the biases may be null.
+template <class T>
+struct Weights {
+  T *w_ih, *w_hh, *b_ih, *b_hh;
+};
+template <class T>
+using StackWeights = std::vector<Weights<T>>;  // L*D: layer by layer, forward direction first
+
+// A (T, B, width) array whose rows are contiguous; null where there is none.
+template <class T>
+struct Sequence {
+  T* data = nullptr;
+  ptrdiff_t step = 0, row = 0;  // strides of T and B
+};
+
+// The weights of a stack, packed for forward passes.
+template <class T>
+class Panels {
+ public:
+  Panels(const Spec& spec, const StackWeights<const T>& weights);  // all of it, on this thread
+  explicit Panels(const Spec& spec);                                // room only
+  void pack(const StackWeights<const T>& weights, int rank, int threads);
+  struct Layer {
+    T *w_ih, *w_hh[max_phases], *bias;
+    int64_t ih_block, hh_block[max_phases];
+  };
+  const Layer& operator[](int64_t i) const { return layers_[i]; }
+  size_t bytes() const { return arena_.bytes(); }
+
+ private:
+  Spec spec_;
+  std::vector<Layer> layers_;
+  Arena arena_;
+};
+
+// Which row runs when: sequences sorted by length, longest first.
+struct Order {
+  Order(int64_t T, int64_t B, const int64_t* lengths);
+  std::vector<int64_t> active, offset;  // see Schedule
+  std::vector<int64_t> from;            // (B): the caller's batch index of row j
+  std::vector<int64_t> length;          // (B): of row j
+  int64_t rows() const { return offset.back(); }
+  Schedule schedule(int64_t B) const { return {int64_t(active.size()) - 1, B, active.data(), offset.data()}; }
+};
+
+// What a training forward keeps for its backward passes.
+template <class T>
+struct Tape {
+  Tape(const Spec& spec, int64_t T_, int64_t B_, const int64_t* lengths, bool has_state, double dropout, uint64_t seed);
+  int64_t T_, B;
+  Order order;
+  std::vector<T*> saved, operand;  // per layer and direction
+  std::vector<T*> y;               // per layer (T, B, D*H)
+  T* h0 = nullptr;                 // (L*D, B, H), or null for zeros
+  double dropout;
+  uint64_t seed;
+  uint64_t x_sum = 0, weights_sum = 0;  // checksums
+  Arena arena;
+  size_t bytes() const { return arena.bytes(); }
+};
+
+template <class T>
+struct StackForward {
+  Spec spec;
+  int64_t T_, B;
+  StackWeights<const T> weights;
+  Sequence<const T> x;
+  Sequence<T> y;
+  const T* state[max_states];          // (L*D, B, H), or null for zeros
+  T* final_state[max_states];
+  const int64_t* lengths;              // (B), or null
+  const Panels<T>* panels;             // or null: packed for this call
+};
+
+template <class T>
+struct StackBackward {
+  Spec spec;
+  StackWeights<const T> weights;
+  const Tape<T>* tape;
+  Sequence<const T> x, dy;             // dy.data null: zeros
+  const T* dfinal_state[max_states];   // null: zeros
+  Sequence<T> dx;                      // null: not wanted
+  T* dstate[max_states];               // null: not wanted
+  StackWeights<T> dweights;            // empty: not wanted
+  bool adds;                           // to dx, dstate and dweights
+};
+
+template <class T>
+void run_forward(const StackForward<T>& call, Tape<T>* tape);  // tape null: inference
+
+template <class T>
+void run_backward(const StackBackward<T>& call);
+
+// Checksums of what a tape refers to.
+template <class T>
+uint64_t checksum(const Sequence<const T>& x, int64_t width, const Order& order);  // padding left out
+template <class T>
+uint64_t checksum(const Spec& spec, const StackWeights<const T>& weights);
+
+// One step after another with the state kept: a stream. Nothing is allocated after the constructor.
+template <class T>
+class Stream {
+ public:
+  Stream(const Spec& spec, std::shared_ptr<const Panels<T>> panels, int64_t B);
+  void step(const T* x, T* h);  // (B, I) -> (B, H), both contiguous
+  void reset();
+  void get_state(int i, T* out) const;       // (L, B, H)
+  void set_state(int i, const T* values);
+  const Spec& spec() const { return spec_; }
+  int64_t batch() const { return B_; }
+
+ private:
+  Spec spec_;
+  std::shared_ptr<const Panels<T>> panels_;
+  int64_t B_;
+  Order order_;
+  std::vector<ptrdiff_t> input_row_, state_row_;
+  void plan_for(int threads);
+  struct Level {
+    ForwardArgs<T> args;
+    Plan plan;
+    std::unique_ptr<Barrier[]> barriers;  // of the team, then of each part of the batch
+    T* h[2];                              // (B, H): the last state and the next one, in turns
+    T* states[max_states];
+  };
+  std::vector<Level> levels_;
+  int now_ = 0;                // levels_[l].h[now_] is the state
+  int most_threads_ = 1;       // that a step can use
+  int planned_ = 0;            // threads that the plans are for
+  std::unique_ptr<Barrier> all_;
+  Arena arena_;
+};
+
+}  // namespace fusedrnn

@@ -1,0 +1,234 @@
+#include "cpu/threads.h"
+
+#include <sched.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include <chrono>
+#include <condition_variable>
+#include <cstdio>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <thread>
+#include <vector>
+
+#if defined(__unix__) || defined(__APPLE__)
+#include <pthread.h>
+#include <unistd.h>
+#endif
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+namespace fusedrnn {
+namespace {
+
+constexpr int spins_before_yield = 4000;                        // some 40 us: the partner has lost its core by then
+constexpr std::chrono::microseconds spin_window{200};           // how long a worker waits awake for the next call
+
+inline void relax() {
+#if defined(__x86_64__)
+  _mm_pause();
+#elif defined(__aarch64__)
+  asm volatile("yield");
+#endif
+}
+
+// Spins until done() holds; yields the core at once when `yields`, else only after a while.
+template <class Done>
+void spin_until(bool yields, Done done) {
+  for (int i = 0; !done(); ++i) {
+    if (yields || i >= spins_before_yield)
+      sched_yield();
+    else
+      relax();
+  }
+}
+
+struct alignas(64) Worker {
+  std::atomic<uint64_t> ticket{0};  // raised by one for each job this worker takes part in
+  std::atomic<bool> parked{false};
+  std::mutex mutex;
+  std::condition_variable wake;
+  std::thread thread;
+};
+
+class Pool {
+ public:
+  bool try_lock() { return !busy_.exchange(true, std::memory_order_acquire); }
+  void unlock() { busy_.store(false, std::memory_order_release); }
+
+  // Starts workers until there are `threads` with the caller; returns how many there are.
+  int grow(int threads) {
+    try {
+      while (int(workers_.size()) < threads - 1) {
+        workers_.push_back(std::make_unique<Worker>());
+        int rank = int(workers_.size());
+        workers_.back()->thread = std::thread([this, rank] { serve(rank); });
+      }
+    } catch (const std::system_error&) {  // no more threads to be had: the ones there are will do
+      workers_.pop_back();
+    }
+    return int(workers_.size()) + 1;
+  }
+
+  void run(int threads, bool yields, const std::function<void(int)>& work) {
+    work_ = &work;
+    remaining_.store(threads - 1, std::memory_order_relaxed);
+    for (int i = 0; i < threads - 1; ++i) {
+      Worker& w = *workers_[i];
+      w.ticket.fetch_add(1);  // sequentially consistent, against the worker's parked-then-look
+      if (w.parked.load()) {
+        std::lock_guard<std::mutex> lock(w.mutex);
+        w.wake.notify_one();
+      }
+    }
+    work(0);
+    spin_until(yields, [&] { return remaining_.load(std::memory_order_acquire) == 0; });
+  }
+
+ private:
+  void serve(int rank) {
+    Worker& w = *workers_[rank - 1];
+    for (uint64_t seen = 0;;) {
+      auto until = std::chrono::steady_clock::now() + spin_window;
+      bool fresh = false;
+      do {
+        for (int i = 0; i < 64 && !fresh; ++i) {
+          fresh = w.ticket.load(std::memory_order_acquire) != seen;
+          if (!fresh) relax();
+        }
+      } while (!fresh && std::chrono::steady_clock::now() < until);
+      if (!fresh) {
+        std::unique_lock<std::mutex> lock(w.mutex);
+        w.parked.store(true);
+        w.wake.wait(lock, [&] { return w.ticket.load() != seen; });
+        w.parked.store(false);
+      }
+      ++seen;
+      (*work_)(rank);
+      remaining_.fetch_sub(1, std::memory_order_release);
+    }
+  }
+
+  std::atomic<bool> busy_{false};
+  std::vector<std::unique_ptr<Worker>> workers_;
+  const std::function<void(int)>* work_ = nullptr;
+  std::atomic<int> remaining_{0};
+};
+
+std::atomic<Pool*> the_pool{nullptr};  // never destroyed: its threads may outlive static destruction
+
+Pool& pool() {
+  static std::once_flag once;
+  std::call_once(once, [] {
+    the_pool = new Pool;
+#if defined(__unix__) || defined(__APPLE__)
+    pthread_atfork(nullptr, nullptr, [] { the_pool = new Pool; });
+#endif
+  });
+  return *the_pool.load();
+}
+
+int positive(const char* text) {
+  char* end = nullptr;
+  long n = strtol(text, &end, 10);
+  return end != text && *end == 0 && n >= 1 && n <= 4096 ? int(n) : 0;
+}
+
+// The CPU quota of this process's cgroup, rounded up; 0 when there is none.
+int cgroup_limit() {
+  auto read = [](const std::string& path, const char* format, double* a, double* b) {
+    FILE* file = fopen(path.c_str(), "r");
+    if (!file) return 0;
+    int n = fscanf(file, format, a, b);
+    fclose(file);
+    return n;
+  };
+  double quota = 0, period = 0, unused = 0;
+  char line[512];
+  std::string group;
+  if (FILE* file = fopen("/proc/self/cgroup", "r")) {
+    while (fgets(line, sizeof line, file))
+      if (strncmp(line, "0::", 3) == 0) group.assign(line + 3, strcspn(line + 3, "\n"));
+    fclose(file);
+  }
+  for (const std::string& dir : {"/sys/fs/cgroup" + group, std::string("/sys/fs/cgroup")})
+    if (read(dir + "/cpu.max", "%lf %lf", &quota, &period) == 2 && period > 0) return int((quota + period - 1) / period);
+  if (read("/sys/fs/cgroup/cpu/cpu.cfs_quota_us", "%lf", &quota, &unused) == 1 && quota > 0 &&
+      read("/sys/fs/cgroup/cpu/cpu.cfs_period_us", "%lf", &period, &unused) == 1 && period > 0)
+    return int((quota + period - 1) / period);
+  return 0;
+}
+
+std::atomic<int> process_threads{0};
+thread_local int thread_threads = 0;
+
+}  // namespace
+
+void Barrier::wait() {
+  uint32_t round = round_.load(std::memory_order_relaxed);
+  if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == uint32_t(members_)) {
+    arrived_.store(0, std::memory_order_relaxed);
+    round_.store(round + 1, std::memory_order_release);
+  } else {
+    spin_until(yields_, [&] { return round_.load(std::memory_order_acquire) != round; });
+  }
+}
+
+void wait(Barrier* barrier) {
+  if (barrier) barrier->wait();
+}
+
+Barrier* barrier_at(Barrier* barriers, int i) { return barriers + i; }
+
+int available_threads() {
+  static const int n = [] {
+    int cores = int(std::thread::hardware_concurrency());
+#if defined(__linux__)
+    cpu_set_t set;
+    if (sched_getaffinity(0, sizeof set, &set) == 0) cores = CPU_COUNT(&set);
+#endif
+    int limit = cgroup_limit();
+    if (limit > 0 && limit < cores) cores = limit;
+    return cores < 1 ? 1 : cores;
+  }();
+  return n;
+}
+
+int default_threads() {
+  int n = process_threads.load(std::memory_order_relaxed);
+  if (n > 0) return n;
+  const char* text = getenv("FUSEDRNN_NUM_THREADS");
+  n = text ? positive(text) : 0;
+  if (n == 0) n = available_threads();
+  process_threads.store(n, std::memory_order_relaxed);
+  return n;
+}
+
+void set_default_threads(int n) { process_threads.store(n, std::memory_order_relaxed); }
+int local_threads() { return thread_threads; }
+void set_local_threads(int n) { thread_threads = n; }
+int wanted_threads() { return thread_threads > 0 ? thread_threads : default_threads(); }
+
+Lease::Lease(int wanted) : size_(1) {
+  if (wanted > 1 && pool().try_lock()) {
+    size_ = pool().grow(wanted);
+    if (size_ > wanted) size_ = wanted;
+    if (size_ == 1) pool().unlock();
+  }
+}
+
+Lease::~Lease() {
+  if (size_ > 1) pool().unlock();
+}
+
+void Lease::run(int threads, const std::function<void(int)>& work) {
+  if (threads == 1)
+    work(0);
+  else
+    pool().run(threads, crowded(), work);
+}
+
+}  // namespace fusedrnn

@@ -1,0 +1,53 @@
+// A small persistent pool of threads, and the barrier that its members meet at inside a time step.
+//
+// Workers spin for a short while after a call, because waking a parked thread costs more than a small layer does, then
+// park. No thread exists before the first call that wants one. A caller that finds the pool busy runs alone. After a
+// fork the child abandons the pool, whose threads it does not have, and starts its own.
+#pragma once
+
+#include <atomic>
+#include <functional>
+
+namespace fusedrnn {
+
+// Meeting point of `members` threads, used again and again.
+class alignas(64) Barrier {
+ public:
+  void reset(int members, bool yields) { members_ = members, yields_ = yields; }
+  void wait();
+
+ private:
+  alignas(64) std::atomic<uint32_t> arrived_{0};
+  alignas(64) std::atomic<uint32_t> round_{0};
+  int members_ = 1;
+  bool yields_ = false;
+};
+
+void wait(Barrier* barrier);  // a null barrier has one member
+Barrier* barrier_at(Barrier* barriers, int i);
+
+// Threads that this process may use at once: affinity and cgroup limits, at least 1.
+int available_threads();
+
+int default_threads();             // as set, else FUSEDRNN_NUM_THREADS, else available_threads()
+void set_default_threads(int n);   // n >= 1
+int local_threads();               // of this thread; 0: the default holds
+void set_local_threads(int n);
+int wanted_threads();              // what the next call on this thread may use
+
+// The right to use up to `wanted` threads at once; size() is what there is, and 1 when another caller has the pool.
+class Lease {
+ public:
+  explicit Lease(int wanted);
+  ~Lease();
+  Lease(const Lease&) = delete;
+  Lease& operator=(const Lease&) = delete;
+  int size() const { return size_; }
+  bool crowded() const { return size_ > available_threads(); }  // more threads than cores: waiting must yield
+  void run(int threads, const std::function<void(int rank)>& work);  // returns when every rank has
+
+ private:
+  int size_;
+};
+
+}  // namespace fusedrnn

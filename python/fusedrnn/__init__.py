@@ -1,0 +1,51 @@
+"""Fused RNN, LSTM and GRU kernels, forward and backward, for NumPy arrays.
+
+>>> import numpy, fusedrnn
+>>> lstm = fusedrnn.LSTM(8, 16)
+>>> y, (h, c), tape = lstm.forward(numpy.zeros((5, 3, 8), numpy.float32))
+>>> grads = lstm.backward(tape, numpy.ones_like(y))
+
+Layers: LSTM, GRU, RNN; `layer.freeze()` for inference, `.stream()` step by step. Functions over plain arrays:
+lstm, gru, rnn and their `_forward`, `_backward` and `_cell`. `fusedrnn.reference` has the same functions in
+plain NumPy: the maths, spelt out.
+"""
+
+from typing import Any
+
+from . import reference
+from ._clip import clip_grad_norm
+from ._frozen import Frozen, Stream
+from ._functional import (
+    gru,
+    gru_backward,
+    gru_cell,
+    gru_forward,
+    lstm,
+    lstm_backward,
+    lstm_cell,
+    lstm_forward,
+    rnn,
+    rnn_backward,
+    rnn_cell,
+    rnn_forward,
+)
+from ._layers import GRU, LSTM, RNN, Layer
+from ._params import Params
+from ._show import show_config
+from ._tape import FunctionalGrads, Grads, Tape
+from ._threads import get_num_threads, num_threads, set_num_threads
+
+__all__ = [
+    "GRU", "LSTM", "RNN", "Frozen", "FunctionalGrads", "Grads", "Layer", "Params", "Stream", "Tape",
+    "gru", "gru_backward", "gru_cell", "gru_forward", "lstm", "lstm_backward", "lstm_cell", "lstm_forward",
+    "rnn", "rnn_backward", "rnn_cell", "rnn_forward",
+    "clip_grad_norm", "get_num_threads", "num_threads", "reference", "set_num_threads", "show_config",
+]  # fmt: skip
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":  # looked up when asked for: reading package metadata is slow
+        from importlib.metadata import version
+
+        return version("fusedrnn")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,208 @@
+"""What an argument must be, and the error that says so. Nothing here computes, and no array is ever written.
+
+Every message names the function, the argument, what was expected and what came; texts are built only when
+they are needed.
+"""
+
+from __future__ import annotations
+
+import operator
+import sys
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+from numpy import ndarray
+
+from ._typing import Array
+
+_FLOAT32, _FLOAT64 = np.dtype(np.float32), np.dtype(np.float64)
+_READY = 0x1 | 0x100  # NPY_ARRAY_C_CONTIGUOUS | NPY_ARRAY_ALIGNED
+_OVERLAP_WORK: Any = 1000  # candidates that the exact overlap test may try; beyond them it says "may overlap"
+_MAX_THREADS = 1024
+
+
+def array(where: str, name: str, value: Any, dtype: np.dtype[Any]) -> Array:
+    """`value` as a plain ndarray; it must have exactly this dtype."""
+    if type(value) is not ndarray:
+        value = _plain(where, name, value)
+    if value.dtype != dtype:
+        raise TypeError(
+            f"{where}: {name} must have dtype {dtype}, got {value.dtype}; "
+            f"convert it with .astype(numpy.{dtype})"
+        )
+    return value  # type: ignore[no-any-return]
+
+
+def _plain(where: str, name: str, value: Any) -> Array:
+    """A subclass may mean more than its numbers (a mask, a unit): only memory maps are taken for these."""
+    if isinstance(value, np.memmap):
+        return value.view(ndarray)
+    if isinstance(value, ndarray):
+        raise TypeError(
+            f"{where}: {name} must be a plain numpy.ndarray, got its subclass {type(value).__name__}"
+        )
+    raise TypeError(f"{where}: {name} must be a numpy.ndarray, got {type(value).__name__}")
+
+
+def float_array(where: str, name: str, value: Any) -> Array:
+    """`value` as a plain ndarray of either of the dtypes that there are kernels for."""
+    if type(value) is not ndarray:
+        value = _plain(where, name, value)
+    if value.dtype != _FLOAT32 and value.dtype != _FLOAT64:
+        raise TypeError(
+            f"{where}: {name} must have dtype float32 or float64, got {value.dtype}; "
+            "convert it with .astype(numpy.float32)"
+        )
+    return value  # type: ignore[no-any-return]
+
+
+def shaped(where: str, name: str, value: Any, dtype: np.dtype[Any], shape: tuple[int, ...]) -> Array:
+    """Likewise, of exactly this shape."""
+    checked = array(where, name, value, dtype)
+    if checked.shape != shape:
+        raise shape_error(where, name, shape, checked.shape)
+    return checked
+
+
+def shape_error(where: str, name: str, expected: object, got: tuple[int, ...]) -> ValueError:
+    return ValueError(f"{where}: {name} must have shape {expected}, got {got}")
+
+
+def ready(value: Array) -> Array:
+    """`value` itself where it is C-contiguous and aligned, otherwise a copy that is."""
+    return value if value.flags.num & _READY == _READY else np.array(value, order="C")
+
+
+def aligned(value: Array) -> Array:
+    """`value` itself unless a kernel would fault on its addresses."""
+    return value if value.flags.aligned else np.array(value)
+
+
+def lengths(where: str, value: Any, steps: int, shape: tuple[int, ...]) -> Array:
+    """An int64 copy of `value`, (B,), which nobody can change between this check and the kernel."""
+    if not isinstance(value, (ndarray, list, tuple, int, np.integer)):
+        raise TypeError(f"{where}: lengths must be an integer array or a list, got {type(value).__name__}")
+    given = np.asarray(value) if not isinstance(value, ndarray) else value
+    if type(given) is not ndarray:
+        given = _plain(where, "lengths", given)
+    if given.dtype.kind not in "iu" and not (given.size == 0 and isinstance(value, (list, tuple))):
+        raise TypeError(
+            f"{where}: lengths must have an integer dtype, got {given.dtype}; "
+            "convert it with .astype(numpy.int64)"
+        )
+    if given.shape != shape:
+        raise shape_error(where, "lengths", shape, given.shape)
+    # Read as unsigned, negative numbers are too long as well, and so is what int64 cannot hold.
+    taken = np.array(given, np.int64, order="C")
+    too_long = taken.view(np.uint64) > steps
+    if too_long.any():
+        index = int(too_long.argmax())
+        raise ValueError(
+            f"{where}: lengths must be between 0 and {steps} (the number of steps), "
+            f"got {given.reshape(-1)[index]} at index {index}"
+        )
+    return taken.reshape(-1)
+
+
+def out(
+    where: str,
+    value: Any,
+    dtype: np.dtype[Any],
+    shape: tuple[int, ...],
+    inputs: Iterable[tuple[str, Array | None]],
+) -> Array:
+    """An array that a kernel can write without changing what it reads."""
+    checked = shaped(where, "out", value, dtype, shape)
+    flags = checked.flags
+    if not flags.writeable:
+        raise ValueError(f"{where}: out must be writeable, got a read-only array")
+    if (
+        not flags.aligned
+        or (shape[-1] > 1 and checked.strides[-1] != checked.itemsize)
+        or _overlaps_itself(checked)
+    ):
+        raise ValueError(
+            f"{where}: out must be aligned, contiguous along its last axis and without overlapping rows, "
+            f"got strides {checked.strides}"
+        )
+    for name, other in inputs:
+        if other is not None and overlap(checked, other):
+            raise ValueError(f"{where}: out must not overlap {name}, got an array that shares memory with it")
+    return checked
+
+
+def overlap(a: Array, b: Array) -> bool:
+    """Whether two arrays share memory; where an exact answer would take long, whether they may."""
+    try:
+        return np.shares_memory(a, b, max_work=_OVERLAP_WORK)
+    except np.exceptions.TooHardError:
+        return True
+
+
+def _overlaps_itself(a: Array) -> bool:
+    if a.size == 0:
+        return False
+    reach = a.itemsize
+    for stride, n in sorted((abs(stride), n) for stride, n in zip(a.strides, a.shape, strict=True) if n > 1):
+        if stride < reach:
+            return True
+        reach += stride * (n - 1)
+    return False
+
+
+def integer(where: str, name: str, value: Any, low: int, high: int | None = None) -> int:
+    """`value` as an int in [low, high]; numpy's integers are welcome, bool is not."""
+    if isinstance(value, (bool, np.bool_)) or not hasattr(value, "__index__"):
+        raise TypeError(f"{where}: {name} must be an integer, got {value!r}")
+    n = operator.index(value)
+    if n < low:
+        raise ValueError(f"{where}: {name} must be at least {low}, got {n}")
+    if high is not None and n > high:
+        raise ValueError(f"{where}: {name} must be at most {high}, got {n}")
+    return n
+
+
+def flag(where: str, name: str, value: Any) -> bool:
+    if not isinstance(value, (bool, np.bool_)):
+        raise TypeError(f"{where}: {name} must be True or False, got {value!r}")
+    return bool(value)
+
+
+def choice(where: str, name: str, value: Any, known: Sequence[str]) -> str:
+    if not isinstance(value, str) or value not in known:
+        raise ValueError(f"{where}: {name} must be one of {', '.join(map(repr, known))}, got {value!r}")
+    return value
+
+
+def probability(where: str, name: str, value: Any) -> float:
+    """`value` as a float in [0, 1): dropping everything leaves nothing to scale up."""
+    if isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, float, np.integer, np.floating)):
+        raise TypeError(f"{where}: {name} must be a number, got {value!r}")
+    p = float(value)
+    if not 0.0 <= p < 1.0:
+        raise ValueError(f"{where}: {name} must be in [0, 1), got {p}")
+    return p
+
+
+def float_dtype(where: str, value: Any) -> np.dtype[Any]:
+    dtype = None if value is None else np.dtype(value)  # numpy takes None for float64
+    if dtype not in (_FLOAT32, _FLOAT64):
+        raise TypeError(f"{where}: dtype must be float32 or float64, got {dtype}")
+    return _FLOAT32 if dtype == _FLOAT32 else _FLOAT64
+
+
+def dropout_seed(where: str, value: Any) -> int:
+    return integer(where, "seed", value, 0, 2**64 - 1)
+
+
+def threads(where: str, value: Any) -> int:
+    return integer(where, "n", value, 1, _MAX_THREADS)
+
+
+def array_bytes(where: str, what: str, count: int, dtype: np.dtype[Any]) -> None:
+    """`count` elements must have a size in bytes that a pointer difference can hold."""
+    if count * dtype.itemsize > sys.maxsize:
+        raise ValueError(
+            f"{where}: {what} would hold {count} elements of {dtype}, more than can be addressed"
+        )

@@ -1,0 +1,24 @@
+"""The types of the public signatures. Shapes stand in the docstrings and are checked in each call."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from typing import Any, Literal, TypeAlias, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+#: What comes back: an array of the layer's dtype.
+Array: TypeAlias = npt.NDArray[Any]
+#: What goes in: one of the two dtypes that the kernels know.
+FloatArray: TypeAlias = npt.NDArray[np.float32] | npt.NDArray[np.float64]
+Lengths: TypeAlias = npt.NDArray[np.integer[Any]] | Sequence[int] | int
+Wrt: TypeAlias = Collection[Literal["x", "state", "params"]]
+
+#: A state that goes in: h, or (h, c) of an LSTM; None means zeros.
+StateLike: TypeAlias = FloatArray | tuple[FloatArray | None, FloatArray | None] | None
+#: A state that comes out: h, or (h, c) of an LSTM.
+State = TypeVar("State")
+
+#: What numpy.random.default_rng takes.
+Seed: TypeAlias = int | np.random.SeedSequence | np.random.BitGenerator | np.random.Generator | None

@@ -1,0 +1,221 @@
+"""`fusedrnn bench`: what it writes, what it refuses, and that a wrong answer is never timed. No time is judged."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+import fusedrnn as fr
+from fusedrnn import bench
+from fusedrnn._cli import CommandError
+from fusedrnn.bench import measure, report, shapes
+from fusedrnn.bench.peers import PEERS
+
+SHAPE = (3, 4, 5, 6)  # B, T, I, H
+INSTALLED = [name for name, peer in PEERS.items() if not peer.missing()]
+
+
+def parse(*argv: object) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="fusedrnn bench")
+    bench.add_arguments(parser)
+    return parser.parse_args([str(word) for word in argv])
+
+
+def run_quick(path, *argv: object) -> dict:
+    assert bench.run(parse("--quick", "--json", path, "--shape", ",".join(map(str, SHAPE)), *argv)) == 0
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("cell", shapes.CELLS)
+def test_result_holds_every_case(cell, dtype, tmp_path, capsys):
+    result = run_quick(tmp_path / "bench.json", "--cell", cell, "--dtype", dtype, "--peers", "reference")
+    printed = capsys.readouterr().out
+
+    rows = result["cases"]
+    assert [(row["work"], row["T"]) for row in rows] == [("forward", 4), ("train", 4), ("stream", 1)]
+    gates = shapes.CELLS[cell].gates
+    for row in rows:
+        assert (row["cell"], row["dtype"], row["series"]) == (cell, dtype, "given")
+        assert (row["B"], row["I"], row["H"]) == (3, 5, 6)
+        assert row["flops"] == 2 * gates * 6 * (5 + 6) * 3 * row["T"] * (3 if row["work"] == "train" else 1)
+        for entry in (row["ours"], row["peers"]["reference"]):
+            seconds = entry["seconds"]
+            assert 0 < seconds["min"] <= seconds["q1"] <= seconds["median"] <= seconds["q3"] <= seconds["max"]
+            assert entry["gflops"] == pytest.approx(row["flops"] / seconds["median"] * 1e-9)
+        assert row["peers"]["reference"]["ratio"]["median"] > 0
+        assert row["peak_gflops"]["median"] > 0
+        assert row["peak_share"]["median"] > 0
+        assert row["best_peer"] is None  # the reference is no rival
+        assert f"{row['B']},{row['T']},{row['I']},{row['H']}" in printed
+
+    outputs = {name: set(row["difference"]["reference"]) for name, row in zip(("f", "t", "s"), rows, strict=True)}
+    states = {"h_n", "c_n"} if cell == "lstm" else {"h_n"}
+    assert outputs == {"f": {"y"} | states, "t": {"y", "dx", "dw_ih", "dw_hh", "db_ih", "db_hh"}, "s": {"h"}}
+
+
+def test_machine_is_described_without_names_of_hosts_or_paths(tmp_path):
+    result = run_quick(tmp_path / "bench.json", "--cell", "rnn", "--what", "forward", "--peers", "none")
+    machine = result["machine"]
+    assert machine["cpu"]
+    assert machine["cores"] >= 1
+    assert machine["isa"] == fr._core.isa()
+    assert machine["versions"]["fusedrnn"] == fr.__version__
+    assert machine["versions"]["numpy"] == np.__version__
+    assert "/" not in json.dumps(machine)
+    for cache in machine["caches"]:
+        assert cache["level"] >= 1
+        assert cache["bytes"] > 0
+    assert [roof["gb_per_s"] > 0 for roof in result["roofs"]].count(False) == 0
+
+
+@pytest.mark.parametrize("name", ["torch", "onnxruntime", "jax"])
+@pytest.mark.parametrize("cell", shapes.CELLS)
+def test_peer_agrees_or_says_what_it_lacks(name, cell, tmp_path):
+    if name not in INSTALLED:
+        pytest.skip(f"{name} is not installed")
+    result = run_quick(tmp_path / "bench.json", "--cell", cell, "--peers", name)
+    for row in result["cases"]:
+        lacks = (name, row["work"]) == ("onnxruntime", "train") or (name, cell) == ("torch", "gru_reset_before")
+        if lacks:
+            assert row["absent"][name].startswith("has no ")
+            assert row["best_peer"] is None
+        else:
+            assert row["best_peer"] == name
+            assert row["peers"][name]["ratio"]["median"] > 0
+            for output, difference in row["difference"][name].items():
+                case = shapes.Case(shapes.CELLS[cell], row["work"], *SHAPE[:1], row["T"], *SHAPE[2:], np.dtype("f4"))
+                assert difference <= measure.bound(case, output)
+    assert set(result["machine"]["versions"]) >= set(PEERS[name].needs)
+
+
+def test_summary_is_the_geometric_mean_and_the_worst():
+    def row(shape, ratios, share=0.5, series="standard"):
+        peers = {name: {"ratio": {"median": ratio}} for name, ratio in ratios.items()}
+        best = min(ratios, key=ratios.get)
+        return dict(zip("BTIH", shape, strict=True)) | {
+            "cell": "lstm", "work": "forward", "series": series, "peers": peers, "best_peer": best,
+            "peak_share": {"median": share},
+        }
+
+    rows = [row((1, 9, 8, 8), {"a": 4.0, "b": 2.0}), row((16, 9, 256, 256), {"a": 1.0, "b": 8.0}, share=0.9),
+            row((16, 9, 8, 8), {"a": 0.1}, series="B")]
+    (entry,) = report.summarise(rows)
+    assert entry["cases"] == 2
+    assert entry["against"]["a"]["geometric_mean"] == pytest.approx(2.0)
+    assert entry["against"]["b"]["geometric_mean"] == pytest.approx(4.0)
+    assert entry["against"]["best"]["geometric_mean"] == pytest.approx(math.sqrt(2.0))
+    assert entry["against"]["best"]["worst"] == 1.0
+    assert entry["against"]["best"]["worst_shape"] == [16, 9, 256, 256]
+    assert entry["large_peak_share"] == 0.9
+
+    text = report.summary_lines([entry], {"a": "A", "b": "B"})
+    assert "16,9,256,256" in text[-1]
+    assert text[-1].endswith("90 %")
+
+
+def test_default_cases_are_the_standard_shapes():
+    args = parse()
+    todo = shapes.cases([shapes.CELLS["gru"]], args.what, args.shape, np.dtype("f4"), quick=False)
+    assert [(c.B, c.T, c.I, c.H) for c in todo if c.work == "train"] == list(shapes.STANDARD)
+    assert [c.H for c in todo if c.work == "stream"] == [16, 32, 64, 128, 256, 512, 1024]
+    assert all(c.B == c.T == 1 and c.I == c.H for c in todo if c.work == "stream")
+    sweep = shapes.cases([shapes.CELLS["gru"]], ["sweep"], None, np.dtype("f4"), quick=False)
+    for letter in "TBH":
+        varied = [c for c in sweep if c.series == letter]
+        assert len({getattr(c, letter) for c in varied}) == len(varied) > 5
+        for fixed in set("TBH") - {letter}:
+            assert len({getattr(c, fixed) for c in varied}) == 1
+
+
+def test_wrong_answer_is_an_error_and_nothing_is_timed(monkeypatch, capsys):
+    peer = PEERS["reference"]
+    right = peer.candidates
+
+    def wrong(problem, threads):
+        for candidate in right(problem, threads):
+            outputs = candidate.outputs()
+            yield replace(candidate, outputs=lambda: outputs | {"y": outputs["y"] * 2})
+
+    monkeypatch.setattr(peer, "candidates", wrong)
+    monkeypatch.setattr(measure, "timed", lambda candidate, calls: pytest.fail(f"timed {candidate.setting}"))
+    for peers in ("reference", "none"):
+        argv = parse("--quick", "--cell", "lstm", "--what", "forward", "--shape", "3,4,5,6", "--peers", peers)
+        assert bench.run(argv) == 1
+        message = capsys.readouterr().err
+        assert message.startswith("fusedrnn bench: lstm forward 3,4,5,6 float32: y differs from NumPy reference (float64)")
+        assert "norm-relative difference 5.00e-01, expected at most" in message
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--cell", "lstm,elman"], "must be among lstm,gru,gru_reset_before,rnn,rnn_relu, got 'elman'"),
+        (["--shape", "1,2,3"], "must be B,T,I,H, four positive integers, got '1,2,3'"),
+        (["--shape", "1,2,0,4"], "must be B,T,I,H, four positive integers, got '1,2,0,4'"),
+        (["--what", "backward"], "must be among forward,train,stream,sweep, got 'backward'"),
+        (["--peers", "keras"], "must be among torch,onnxruntime,jax,reference,none, got 'keras'"),
+        (["--threads", "-1"], "must be an integer of 0 or more, got '-1'"),
+        (["--seconds", "0"], "must be a positive number, got '0'"),
+        (["--dtype", "float16"], "invalid choice: 'float16'"),
+    ],
+)
+def test_wrong_arguments(argv, message, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        parse(*argv)
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_missing_peer_is_an_error_only_if_named(monkeypatch, tmp_path, capsys):
+    peer = type(PEERS["jax"])
+    monkeypatch.setattr(peer, "missing", lambda self: ["jax"])
+    with pytest.raises(CommandError, match=r"--peers: jax needs jax: pip install 'fusedrnn\[peers\]'"):
+        bench.run(parse("--quick", "--peers", "jax"))
+
+    for name in ("torch", "onnxruntime"):
+        monkeypatch.setattr(type(PEERS[name]), "missing", lambda self: list(self.needs))
+    result = run_quick(tmp_path / "bench.json", "--cell", "rnn", "--what", "forward")
+    assert result["peers"] == {}
+    assert "not installed: PyTorch, ONNX Runtime, JAX (pip install 'fusedrnn[peers]')" in capsys.readouterr().out
+
+
+def test_none_goes_with_no_other_peer():
+    with pytest.raises(CommandError, match="--peers: none goes with no other name, got none,reference"):
+        bench.run(parse("--quick", "--peers", "none,reference"))
+
+
+def test_folder_of_the_json_file_must_exist(tmp_path):
+    with pytest.raises(CommandError, match="--json: there is no folder"):
+        bench.run(parse("--quick", "--json", tmp_path / "none" / "bench.json"))
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"schema": 0}'])
+def test_source_must_be_a_result(text, tmp_path):
+    path = tmp_path / "other.json"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(CommandError, match="--from: .*other.json is (no JSON|not a result)"):
+        bench.run(parse("--from", path))
+
+
+def test_figures_and_page(tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    source = tmp_path / "bench.json"
+    run_quick(source, "--cell", "lstm,gru", "--what", "forward,train,sweep", "--peers", "reference")
+    capsys.readouterr()
+    assert bench.run(parse("--from", source, "--plot", tmp_path / "docs")) == 0
+
+    page = (tmp_path / "docs" / "benchmarks.md").read_text(encoding="utf-8")
+    drawn = {path.name for path in (tmp_path / "docs").glob("*.svg")}
+    assert drawn >= {"bars_forward.svg", "bars_train.svg", "growth.svg"}  # the roofline needs known caches
+    assert "stream.svg" not in drawn
+    for name in drawn:
+        assert (tmp_path / "docs" / name).read_text(encoding="utf-8").rstrip().endswith("</svg>")
+        assert f"]({name})" in page
+    assert "| lstm | forward | 3,4,5,6 |" in page
+    assert str(tmp_path) not in page
