@@ -1,11 +1,13 @@
-"""`fusedrnn bench`: times forward, forward + backward and a streaming step against the machine's peak and peers.
+"""`fusedrnn bench`: forward, forward + backward and a streaming step, timed against peak and peers.
 
-    shapes    which cases there are, and the arithmetic of each       engines   what is compared; ours, the reference
-    peers     PyTorch, ONNX Runtime, JAX                              measure   checks, slots, rounds, ratios
-    machine   cores, caches, versions, bandwidths                     report    terminal     page, plots   files
+    shapes    which cases there are, and the arithmetic of each
+    engines   what is compared: fusedrnn and its reference; peers   PyTorch, ONNX Runtime, JAX
+    measure   checks, slots, rounds, ratios;                machine  cores, caches, versions, bandwidths
+    report    the terminal;                                 page, plots   files
 
-Every figure is a median over rounds in which all candidates take turns, each on its best thread count; every ratio
-is taken within a round. Results are compared before they are timed: a disagreement ends the run with status 1.
+Every figure is a median over rounds in which all candidates take turns, each on its best thread count; every
+ratio is taken within a round. Results are compared before they are timed: a disagreement ends the run with
+status 1.
 """
 
 from __future__ import annotations
@@ -53,27 +55,74 @@ def _threads(text: str) -> int:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options of `fusedrnn bench` to `parser`."""
     add = parser.add_argument
-    add("--cell", type=partial(_names, list(CELLS)), default=list(DEFAULT_CELLS), metavar="NAMES",
-        help=f"comma-separated, of {','.join(CELLS)} (default: {','.join(DEFAULT_CELLS)})")
-    add("--shape", type=_shape, action="append", metavar="B,T,I,H",
-        help="may be given several times; a step uses B, I and H (default: ten standard shapes)")
-    add("--what", type=partial(_names, list(WORK)), default=list(DEFAULT_WORK), metavar="WORK",
-        help="comma-separated, of forward, train (forward + backward), stream (one step from Python) and sweep (forward "
-             f"over T, B and H one at a time) (default: {','.join(DEFAULT_WORK)})")
+    add(
+        "--cell",
+        type=partial(_names, list(CELLS)),
+        default=list(DEFAULT_CELLS),
+        metavar="NAMES",
+        help=f"comma-separated, of {','.join(CELLS)} (default: {','.join(DEFAULT_CELLS)})",
+    )
+    add(
+        "--shape",
+        type=_shape,
+        action="append",
+        metavar="B,T,I,H",
+        help="may be given several times; a step uses B, I and H (default: ten standard shapes)",
+    )
+    add(
+        "--what",
+        type=partial(_names, list(WORK)),
+        default=list(DEFAULT_WORK),
+        metavar="WORK",
+        help="comma-separated, of forward, train (forward + backward), stream (one step from Python) and "
+        f"sweep (forward over T, B and H one at a time) (default: {','.join(DEFAULT_WORK)})",
+    )
     add("--dtype", choices=("float32", "float64"), default="float32", help="(default: float32)")
-    add("--threads", type=_threads, default=0, metavar="N",
-        help="threads for every engine; 0 or auto: each is tried on 1 and on all cores and keeps its best (default)")
-    add("--peers", type=partial(_names, [*PEERS, "none"]), metavar="NAMES",
-        help=f"comma-separated, of {','.join(PEERS)}, or none (default: those of {','.join(DEFAULT_PEERS)} installed)")
-    add("--unfrozen", action="store_true",
-        help="forward calls the layer, which packs its weights every time, in place of a frozen one")
-    add("--seconds", type=positive_float, default=300.0, metavar="S",
-        help="for all timed rounds together; every case gets at least five rounds, and preparing and checking it "
-             "come on top (default: 300)")
-    add("--quick", action="store_true", help="a few short rounds of small shapes: whether all works, not how fast")
+    add(
+        "--threads",
+        type=_threads,
+        default=0,
+        metavar="N",
+        help="threads of every engine; 0 or auto: each tries 1 and all cores and keeps its best (default)",
+    )
+    add(
+        "--peers",
+        type=partial(_names, [*PEERS, "none"]),
+        metavar="NAMES",
+        help=f"comma-separated, of {','.join(PEERS)}, or none (default: {','.join(DEFAULT_PEERS)})",
+    )
+    add(
+        "--unfrozen",
+        action="store_true",
+        help="forward calls the layer, which packs its weights every time, in place of a frozen one",
+    )
+    add(
+        "--seconds",
+        type=positive_float,
+        default=300.0,
+        metavar="S",
+        help="for all timed rounds together; every case gets at least five rounds, and preparing and "
+        "checking it come on top (default: 300)",
+    )
+    add(
+        "--quick",
+        action="store_true",
+        help="a few short rounds of small shapes: whether all works, not how fast",
+    )
     add("--json", type=Path, metavar="FILE", help="write everything measured")
-    add("--plot", type=Path, metavar="DIR", help="write figures (SVG; needs matplotlib) and a page that shows them")
-    add("--from", dest="source", type=Path, metavar="FILE", help="measure nothing: read a file that --json wrote")
+    add(
+        "--plot",
+        type=Path,
+        metavar="DIR",
+        help="write figures (SVG; needs matplotlib) and a page that shows them",
+    )
+    add(
+        "--from",
+        dest="source",
+        type=Path,
+        metavar="FILE",
+        help="measure nothing: read a file that --json wrote",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -136,7 +185,9 @@ def _peers(named: list[str] | None) -> tuple[list, list[str]]:
         if not missing:
             found.append(peer)
         elif named:
-            raise CommandError(f"--peers: {name} needs {' and '.join(missing)}: pip install 'fusedrnn[peers]'")
+            raise CommandError(
+                f"--peers: {name} needs {' and '.join(missing)}: pip install 'fusedrnn[peers]'"
+            )
         else:
             absent.append(peer.label)
     return found, absent
@@ -154,8 +205,13 @@ def _measure(args: argparse.Namespace) -> dict:
 
     versions = {module: v for peer in peers for module, v in peer.versions().items()}
     result = {"schema": SCHEMA, "machine": machine.describe(versions)}
-    result["settings"] = {"dtype": args.dtype, "threads_tried": list(threads), "frozen": not args.unfrozen,
-                          "seconds": args.seconds, "quick": args.quick}
+    result["settings"] = {
+        "dtype": args.dtype,
+        "threads_tried": list(threads),
+        "frozen": not args.unfrozen,
+        "seconds": args.seconds,
+        "quick": args.quick,
+    }
     result["peers"] = {peer.name: {"label": peer.label} for peer in peers}
     result["roofs"] = machine.roofs(max(threads)) if args.json or args.plot else []
     peak = partial(_core.fma_peak, dtype, max(threads))
@@ -172,6 +228,8 @@ def _measure(args: argparse.Namespace) -> dict:
         result["cases"].append(row)
         _status("")
         print(table.row(row), flush=True)
+    for reason in report.absences(result["cases"], table.peers):
+        print(reason)
     result["summary"] = report.summarise(result["cases"])
     return result
 
@@ -184,7 +242,8 @@ def _preface(result: dict, absent: list[str], peak: float) -> str:
         f"{max(s['threads_tried'])} threads",
         ", ".join(f"{name} {v}" for name, v in m["versions"].items()),
         f"threads: each engine's best of {tried}" if len(s["threads_tried"]) > 1 else f"threads: {tried}",
-        "time: median over rounds, ±% half its interquartile range; GFLOP/s: matrix products only; peak: share of it",
+        "time: median over rounds, ±% half its interquartile range",
+        "GFLOP/s: matrix products only; peak: the share of the FMA peak",
         "ratio: the peer's time over ours within each round, median ± half its interquartile range",
     ]
     if absent:

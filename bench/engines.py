@@ -1,11 +1,12 @@
-"""What a benchmark compares: an engine offers ready-made calls for a case. Ours and the NumPy reference stand here.
+"""What a benchmark compares: engines, each with ready-made calls for a case. Ours and the reference.
 
-An engine turns a problem (weights, inputs) into candidates: one call per setting worth trying, and the same call's
-outputs as NumPy arrays under common names. Everything an engine can prepare once (converted or packed weights,
-sessions, compiled functions) is prepared before the clock runs.
+An engine turns a problem (weights, inputs) into candidates: one call per setting worth trying, and the same
+call's outputs as NumPy arrays under common names. Everything an engine can prepare once (converted or packed
+weights, sessions, compiled functions) is prepared before the clock runs.
 
-Outputs   forward y (T, B, H), h_n and c_n (B, H); train y, dx (T, B, I), dw_ih, dw_hh, db_ih, db_hh as the parameters;
-          stream h (B, H) after CHECKED_STEPS steps with the same x.
+Outputs   forward   y (T, B, H), h_n and c_n (B, H)
+          train     y, dx (T, B, I), and dw_ih, dw_hh, db_ih, db_hh, shaped like the parameters
+          stream    h (B, H) after CHECKED_STEPS steps with the same x
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ class Candidate:
 
 @dataclass(frozen=True, eq=False)
 class Problem:
-    """A case with its numbers: x, dy ~ N(0, 1), parameters ~ U(-1/sqrt(H), 1/sqrt(H)), the initial state zero."""
+    """A case with its numbers: x, dy ~ N(0, 1), parameters ~ U(-1/sqrt(H), 1/sqrt(H)), a state of zeros."""
 
     case: Case
     x: np.ndarray  # (T, B, I)
@@ -60,7 +61,10 @@ class Problem:
             case,
             rng.standard_normal((case.T, case.B, case.I)).astype(case.dtype),
             rng.standard_normal((case.T, case.B, case.H)).astype(case.dtype),
-            {name: rng.uniform(-k, k, s).astype(case.dtype) for name, s in zip(PARAMETERS, shapes, strict=True)},
+            {
+                name: rng.uniform(-k, k, s).astype(case.dtype)
+                for name, s in zip(PARAMETERS, shapes, strict=True)
+            },
         )
 
     @property
@@ -96,8 +100,8 @@ class Engine:
 
 
 class Ours(Engine):
-    """fusedrnn. Inference goes through a frozen layer, whose weights are packed once, as ONNX Runtime's session and
-    JAX's constants do; without `frozen` it calls the layer, which packs them in every call."""
+    """fusedrnn. Inference goes through a frozen layer, whose weights are packed once, as in a session of ONNX
+    Runtime; without `frozen` it calls the layer, which packs them in every call."""
 
     name, label = "fusedrnn", "fusedrnn"
 
@@ -115,14 +119,17 @@ class Ours(Engine):
             yield getattr(self, case.work)(problem, layer, n)
 
     def forward(self, problem: Problem, layer, n: int) -> Candidate:
-        call = partial(layer.freeze() if self.frozen else layer, problem.x)
+        y = np.empty_like(problem.dy)
+        call = partial(layer.freeze() if self.frozen else layer, problem.x, out=y)
 
         def outputs() -> Outputs:
-            y, state = call()
+            _, state = call()
             states = state if isinstance(state, tuple) else (state,)
-            return {"y": y} | final_states(s[0] for s in states)
+            return {"y": y.copy()} | final_states(s[0] for s in states)
 
-        return Candidate("frozen" if self.frozen else "layer", n, call, outputs, partial(fr.num_threads, n))
+        return Candidate(
+            "frozen, out=" if self.frozen else "layer, out=", n, call, outputs, partial(fr.num_threads, n)
+        )
 
     def train(self, problem: Problem, layer, n: int) -> Candidate:
         wanted = ("x", "params")

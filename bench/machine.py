@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import platform
 import re
 from datetime import date
@@ -17,10 +16,8 @@ UNITS = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 
 
 def cores() -> int:
-    """Cores this process may run on."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    """Threads that this process's affinity and control group allow."""
+    return _core.available_threads()
 
 
 def cpu_model() -> str:
@@ -34,18 +31,23 @@ def cpu_model() -> str:
 
 
 def caches() -> list[dict]:
-    """Data caches of the first core, nearest first: level, bytes, and how many cores share each. Empty where unknown."""
+    """Data caches of the first core, nearest first: level, bytes, cores that share it. Empty if unknown."""
     found = []
     for folder in sorted(Path("/sys/devices/system/cpu/cpu0/cache").glob("index*")):
+
         def read(name: str, folder: Path = folder) -> str:
             return (folder / name).read_text().strip()
 
         if read("type") == "Instruction":
             continue
         size = read("size")
-        shared = sum(int(last or first) - int(first) + 1 for first, last in
-                     re.findall(r"(\d+)(?:-(\d+))?", read("shared_cpu_list")))
-        found.append({"level": int(read("level")), "bytes": int(size[:-1]) * UNITS[size[-1]], "shared_by": shared})
+        shared = sum(
+            int(last or first) - int(first) + 1
+            for first, last in re.findall(r"(\d+)(?:-(\d+))?", read("shared_cpu_list"))
+        )
+        found.append(
+            {"level": int(read("level")), "bytes": int(size[:-1]) * UNITS[size[-1]], "shared_by": shared}
+        )
     return found
 
 
@@ -59,14 +61,17 @@ def describe(versions: dict[str, str]) -> dict:
         "architecture": platform.machine(),
         "isa": _core.isa(),
         "date": date.today().isoformat(),
-        "versions": {"python": platform.python_version(), "numpy": np.__version__, "fusedrnn": fr.__version__} | versions,
+        "versions": {"python": platform.python_version(), "numpy": np.__version__, "fusedrnn": fr.__version__}
+        | versions,
     }
 
 
 def roofs(threads: int) -> list[dict]:
-    """GB/s that `threads` threads read at from each cache level and from memory, each its own half of the level."""
+    """GB/s that `threads` threads read at from each cache level (half of it is in use) and from memory."""
     levels = [(f"L{c['level']}", c["bytes"] // (2 * min(threads, c["shared_by"]))) for c in caches()]
     if levels:
         levels.append(("memory", 8 * levels[-1][1]))
-    return [{"level": name, "bytes": size, "threads": threads, "gb_per_s": _core.stream_bandwidth(threads, size)}
-            for name, size in levels]
+    return [
+        {"level": name, "bytes": size, "threads": threads, "gb_per_s": _core.stream_bandwidth(threads, size)}
+        for name, size in levels
+    ]

@@ -18,32 +18,51 @@ def write(result: dict, figures: dict[str, str], folder: Path) -> str:
 def _lines(result: dict, figures: dict[str, str]) -> list[str]:
     m, s = result["machine"], result["settings"]
     labels = {name: peer["label"] for name, peer in result["peers"].items()}
-    caches = ", ".join(f"L{c['level']} {_size(c['bytes'])}" + (f" shared by {c['shared_by']}" if c["shared_by"] > 1 else "")
-                       for c in m["caches"])
+    caches = ", ".join(
+        f"L{c['level']} {_size(c['bytes'])}" + (f" shared by {c['shared_by']}" if c["shared_by"] > 1 else "")
+        for c in m["caches"]
+    )
     tried = s["threads_tried"]
     lines = [
-        "# Benchmarks", "",
-        f"{m['cpu']}, {m['cores']} cores, {m['isa']}" + (f", {caches}" if caches else "") + f". {s['dtype']}. {m['date']}.",
-        ", ".join(f"{name} {v}" for name, v in m["versions"].items()) + ".", "",
-        "All engines take turns in one process, round after round; a ratio is taken within each round and its median "
-        "reported, so that drift of the machine cancels. "
-        + (f"Each engine is on the better of {tried[0]} and {tried[-1]} threads (JAX decides by itself). "
-           if len(tried) > 1 else f"Threads: {tried[0]}. ")
-        + "Results agreed before they were timed. GFLOP/s counts the matrix products only, forward + backward as three "
-        "forwards.", "",
+        "# Benchmarks",
+        "",
+        f"{m['cpu']}, {m['cores']} cores, {m['isa']}"
+        + (f", {caches}" if caches else "")
+        + f". {s['dtype']}. {m['date']}.",
+        ", ".join(f"{name} {v}" for name, v in m["versions"].items()) + ".",
+        "",
+        "All engines take turns in one process, round after round; a ratio is taken within each round and "
+        "its median reported, so that drift of the machine cancels. "
+        + (
+            f"Each engine is on the better of {tried[0]} and {tried[-1]} threads (JAX decides by itself). "
+            if len(tried) > 1
+            else f"Threads: {tried[0]}. "
+        )
+        + "Results agreed before they were timed. GFLOP/s counts the matrix products only, forward + backward"
+        " as three forwards.",
+        "",
     ]
     if s["quick"]:
         lines += ["**Measured with `--quick`: too short to judge speed by.**", ""]
     lines += ["## How many times faster than the peers", ""]
-    lines += _table(["cell", "work", *_summary_heads(labels), f"least share of peak, {report.LARGE}"],
-                    [_summary_row(entry, labels) for entry in result["summary"]])
+    lines += _table(
+        ["cell", "work", *_summary_heads(labels), f"least share of peak, {report.LARGE}"],
+        [_summary_row(entry, labels) for entry in result["summary"]],
+    )
     for name, caption in figures.items():
         lines += ["", f"![{caption}]({name})", "", caption]
-    lines += ["", "## Every case", "",
-              "Ours: median time, share of the FMA peak. Peers: median time, and how many times ours is faster (± half the "
-              "interquartile range).", ""]
-    lines += _table(["cell", "work", "B,T,I,H", "time", "threads", "GFLOP/s", "peak", *labels.values()],
-                    [_case_row(row, labels) for row in result["cases"]])
+    lines += [
+        "",
+        "## Every case",
+        "",
+        "Ours: median time, share of the FMA peak. Peers: median time, and how many times faster ours is "
+        "(± half the interquartile range).",
+        "",
+    ]
+    lines += _table(
+        ["cell", "work", "B,T,I,H", "time", "threads", "GFLOP/s", "peak", *labels.values()],
+        [_case_row(row, labels) for row in result["cases"]],
+    )
     return lines
 
 
@@ -64,21 +83,31 @@ def _summary_row(entry: dict, labels: dict[str, str]) -> list[str]:
     cells = [entry["cell"], report.WORK_LABELS[entry["work"]]]
     for name in ("best", *labels) if labels else ():
         found = entry["against"].get(name)
-        text = f"{report.digits(found['geometric_mean'])} / {report.digits(found['worst'])}" if found else "–"
+        text = f"{report.digits(found['geometric_mean'])} / {report.digits(found['worst'])}" if found else "-"
         if found and name == "best":
             text += f" at {','.join(map(str, found['worst_shape']))}"
         cells.append(text)
     share = entry["large_peak_share"]
-    return [*cells, "–" if share is None else f"{100 * share:.0f} %"]
+    return [*cells, "-" if share is None else f"{100 * share:.0f} %"]
 
 
 def _case_row(row: dict, labels: dict[str, str]) -> list[str]:
     ours = row["ours"]
-    cells = [row["cell"], report.WORK_LABELS[row["work"]], ",".join(str(row[k]) for k in "BTIH"),
-             report.duration(ours["seconds"]["median"]), report.threads_label(ours), report.digits(ours["gflops"]),
-             f"{100 * row['peak_share']['median']:.0f} %"]
+    cells = [
+        row["cell"],
+        report.WORK_LABELS[row["work"]],
+        ",".join(str(row[k]) for k in "BTIH"),
+        report.duration(ours["seconds"]["median"]),
+        report.threads_label(ours),
+        report.digits(ours["gflops"]),
+        f"{100 * row['peak_share']['median']:.0f} %",
+    ]
     for name in labels:
         entry = row["peers"].get(name)
-        cells.append(f"{report.duration(entry['seconds']['median'])}, {report.digits(entry['ratio']['median'])} ± "
-                     f"{report.digits(report.half_range(entry['ratio']))}" if entry else "–")
+        cells.append(
+            f"{report.duration(entry['seconds']['median'])}, {report.digits(entry['ratio']['median'])} ± "
+            f"{report.digits(report.half_range(entry['ratio']))}"
+            if entry
+            else "-"
+        )
     return cells

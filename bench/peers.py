@@ -1,4 +1,4 @@
-"""The peers: PyTorch, ONNX Runtime and JAX, each in the setting that suits it best, or in several to choose from.
+"""The peers: PyTorch, ONNX Runtime and JAX, each in the settings that may suit it best.
 
 Each is imported only when it is used, and computes what engines.py says under the same names.
 """
@@ -11,7 +11,17 @@ from functools import partial
 
 import numpy as np
 
-from .engines import CHECKED_STEPS, PARAMETERS, TORCH_NAMES, Candidate, Engine, Outputs, Problem, Reference, final_states
+from .engines import (
+    CHECKED_STEPS,
+    PARAMETERS,
+    TORCH_NAMES,
+    Candidate,
+    Engine,
+    Outputs,
+    Problem,
+    Reference,
+    final_states,
+)
 from .machine import cores
 from .shapes import Case
 
@@ -22,7 +32,11 @@ class Torch(Engine):
     name, label, needs = "torch", "PyTorch", ("torch",)
 
     def unsupported(self, case: Case, threads: tuple[int, ...]) -> str | None:
-        return "has no GRU with the reset gate before the product" if case.cell.name == "gru_reset_before" else None
+        return (
+            "has no GRU with the reset gate before the product"
+            if case.cell.name == "gru_reset_before"
+            else None
+        )
 
     def candidates(self, problem: Problem, threads: tuple[int, ...]) -> Iterator[Candidate]:
         import torch
@@ -49,7 +63,9 @@ class Torch(Engine):
         layer = filled(case.cell.layer, TORCH_NAMES)
         for n in threads:
             if case.work == "stream":
-                cell = filled(f"{case.cell.layer}Cell", {k: name.removesuffix("_l0") for k, name in TORCH_NAMES.items()})
+                cell = filled(
+                    f"{case.cell.layer}Cell", {k: name.removesuffix("_l0") for k, name in TORCH_NAMES.items()}
+                )
                 yield self._step(problem, cell, n, partial(within, n))
                 yield self._sequence_of_one(problem, layer, n, partial(within, n))
             else:
@@ -93,8 +109,12 @@ class Torch(Engine):
 
         x, zeros = torch.from_numpy(problem.x[0]), [torch.from_numpy(z) for z in problem.zeros]
         initial = tuple(zeros) if len(zeros) > 1 else zeros[0]  # what nn.LSTMCell takes and gives, or h alone
-        return Candidate(f"nn.{problem.case.cell.layer}Cell", n,
-                         *Torch._stepping(lambda state: cell(x, state), initial), within)
+        return Candidate(
+            f"nn.{problem.case.cell.layer}Cell",
+            n,
+            *Torch._stepping(lambda state: cell(x, state), initial),
+            within,
+        )
 
     @staticmethod
     def _sequence_of_one(problem: Problem, layer, n: int, within) -> Candidate:
@@ -102,8 +122,12 @@ class Torch(Engine):
 
         x, zeros = torch.from_numpy(problem.x), [torch.from_numpy(z)[None] for z in problem.zeros]
         initial = tuple(zeros) if len(zeros) > 1 else zeros[0]
-        return Candidate(f"nn.{problem.case.cell.layer}, T = 1", n,
-                         *Torch._stepping(lambda state: layer(x, state)[1], initial), within)
+        return Candidate(
+            f"nn.{problem.case.cell.layer}, T = 1",
+            n,
+            *Torch._stepping(lambda state: layer(x, state)[1], initial),
+            within,
+        )
 
     @staticmethod
     def _stepping(step: Callable, initial) -> tuple[Callable, Callable]:
@@ -124,13 +148,14 @@ class Torch(Engine):
         return call, outputs
 
 
+# Our gates in the order of ONNX: iofc of i, f, g, o; zrh of r, z, n.
+ONNX_ORDER = {"LSTM": (0, 3, 1, 2), "GRU": (1, 0, 2), "RNN": (0,)}
+
+
 class OnnxRuntime(Engine):
-    """ONNX Runtime on a model of one node, inputs and outputs bound to buffers beforehand; it has no backward."""
+    """ONNX Runtime on a model of one node, inputs and outputs bound to buffers beforehand. No backward."""
 
     name, label, needs = "onnxruntime", "ONNX Runtime", ("onnxruntime", "onnx")
-
-    # where each of our gates stands in ONNX: iofc of i, f, g, o; zrh of r, z, n
-    ORDER = {"LSTM": (0, 3, 1, 2), "GRU": (1, 0, 2), "RNN": (0,)}
 
     def unsupported(self, case: Case, threads: tuple[int, ...]) -> str | None:
         return "has no backward" if case.work == "train" else None
@@ -151,7 +176,7 @@ class OnnxRuntime(Engine):
         from onnx import helper, numpy_helper
 
         case, p = problem.case, problem.params
-        order = self.ORDER[case.cell.layer]
+        order = ONNX_ORDER[case.cell.layer]
         element = helper.np_dtype_to_tensor_dtype(case.dtype)
 
         def reordered(array: np.ndarray) -> np.ndarray:
@@ -171,13 +196,21 @@ class OnnxRuntime(Engine):
             attributes["activations"] = [options["nonlinearity"].capitalize()]
 
         states, shape = ("h", "c")[: case.cell.states], (1, case.B, case.H)
-        node = helper.make_node(case.cell.layer, ["X", "W", "R", "B", "", *states],
-                                ["Y", *(f"{s}_n" for s in states)], **attributes)
+        node = helper.make_node(
+            case.cell.layer,
+            ["X", "W", "R", "B", "", *states],
+            ["Y", *(f"{s}_n" for s in states)],
+            **attributes,
+        )
         tensor = helper.make_tensor_value_info
         graph = helper.make_graph(
-            [node], "layer",
+            [node],
+            "layer",
             [tensor("X", element, problem.x.shape), *(tensor(s, element, shape) for s in states)],
-            [tensor("Y", element, (case.T, 1, case.B, case.H)), *(tensor(f"{s}_n", element, shape) for s in states)],
+            [
+                tensor("Y", element, (case.T, 1, case.B, case.H)),
+                *(tensor(f"{s}_n", element, shape) for s in states),
+            ],
             [numpy_helper.from_array(np.ascontiguousarray(a), name) for name, a in weights.items()],
         )
         # opset 14 has all three operators in their present form
@@ -239,9 +272,9 @@ class OnnxRuntime(Engine):
 class Jax(Engine):
     """JAX on the CPU: lax.scan, jitted; weights are constants in inference and arguments in training.
 
-    XLA decides per operation how many threads to use and has no setting for it within a process. The input product
-    is tried hoisted out of the loop and within it, the loop rolled and (in inference, where it sometimes pays)
-    unrolled eight times.
+    XLA decides per operation how many threads to use and has no setting for it within a process. The input
+    product is tried hoisted out of the loop and within it, the loop rolled and (in inference, where it
+    sometimes pays) unrolled eight times.
     """
 
     name, label, needs = "jax", "JAX", ("jax",)
@@ -251,7 +284,7 @@ class Jax(Engine):
 
     @staticmethod
     def _step(cell, hoisted: bool) -> Callable:
-        """step(weights, state, u) -> state; u is the input's part of the pre-activations if hoisted, else x_t."""
+        """step(weights, state, u) -> state; u is x_t or, if hoisted, its part of the pre-activations."""
         import jax
         import jax.numpy as jnp
 

@@ -11,11 +11,8 @@ LARGE = "B >= 16, H >= 256"
 
 def duration(seconds: float) -> str:
     """Three digits and a unit: '0.85 µs', '12.3 ms'."""
-    for unit, scale in (("µs", 1e-6), ("ms", 1e-3)):
-        if seconds < 999.5 * scale:
-            break
-    else:
-        unit, scale = "s", 1.0
+    units = (("µs", 1e-6), ("ms", 1e-3))
+    unit, scale = next(((unit, scale) for unit, scale in units if seconds < 999.5 * scale), ("s", 1.0))
     return f"{digits(seconds / scale)} {unit}"
 
 
@@ -39,8 +36,16 @@ class Table:
 
     def __init__(self, peers: dict[str, str]) -> None:
         self.peers = peers
-        self.columns = [("cell", -16), ("work", -7), ("B,T,I,H", -16), ("time", 8), ("±%", 3), ("thr", 3),
-                        ("GFLOP/s", 7), ("peak", 5)]
+        self.columns = [
+            ("cell", -16),
+            ("work", -7),
+            ("B,T,I,H", -16),
+            ("time", 8),
+            ("±%", 3),
+            ("thr", 3),
+            ("GFLOP/s", 7),
+            ("peak", 5),
+        ]
         self.groups = [sum(abs(width) + 2 for _, width in self.columns)]
         for _ in peers:
             self.columns += [("|", 1), ("time", 8), ("thr", 4), ("ratio", 5), ("±", 4)]
@@ -55,23 +60,42 @@ class Table:
         ours = row["ours"]
         seconds = ours["seconds"]
         shape = ",".join(str(row[k]) for k in "BTIH")
-        cells = [row["cell"], WORK_LABELS[row["work"]], shape, duration(seconds["median"]),
-                 f"{100 * half_range(seconds) / seconds['median']:.0f}", threads_label(ours), digits(ours["gflops"]),
-                 f"{100 * row['peak_share']['median']:.0f} %"]
+        cells = [
+            row["cell"],
+            WORK_LABELS[row["work"]],
+            shape,
+            duration(seconds["median"]),
+            f"{100 * half_range(seconds) / seconds['median']:.0f}",
+            threads_label(ours),
+            digits(ours["gflops"]),
+            f"{100 * row['peak_share']['median']:.0f} %",
+        ]
         for name in self.peers:
             cells.append("|")
             entry = row["peers"].get(name)
             if entry is None:
                 cells += ["", "", "-", ""]
             else:
-                cells += [duration(entry["seconds"]["median"]), threads_label(entry),
-                          digits(entry["ratio"]["median"]), digits(half_range(entry["ratio"]))]
+                cells += [
+                    duration(entry["seconds"]["median"]),
+                    threads_label(entry),
+                    digits(entry["ratio"]["median"]),
+                    digits(half_range(entry["ratio"])),
+                ]
         return self._line(cells)
 
     def _line(self, cells: Iterable[str]) -> str:
-        padded = (f"{text:<{-width}}" if width < 0 else f"{text:>{width}}"
-                  for text, (_, width) in zip(cells, self.columns, strict=True))
+        padded = (
+            f"{text:<{-width}}" if width < 0 else f"{text:>{width}}"
+            for text, (_, width) in zip(cells, self.columns, strict=True)
+        )
         return "  ".join(padded).rstrip()
+
+
+def absences(rows: list[dict], labels: dict[str, str]) -> list[str]:
+    """What a "-" in the table stands for: each peer's reasons, once."""
+    found = ((name, reason) for row in rows for name, reason in row["absent"].items())
+    return [f"-: {labels[name]} {reason}" for name, reason in dict.fromkeys(found)]
 
 
 def geometric_mean(values: list[float]) -> float:
@@ -79,8 +103,8 @@ def geometric_mean(values: list[float]) -> float:
 
 
 def summarise(rows: list[dict]) -> list[dict]:
-    """Per cell and work: geometric mean and least of the ratio to each peer and to the best peer of each case, and
-    the least share of the peak among large cases. Sweeps are left out."""
+    """Per cell and work: geometric mean and least of the ratio to each peer and to the best peer of each
+    case, and the least share of the peak among large cases. Sweeps are left out."""
     groups: dict[tuple[str, str], list[dict]] = {}
     for row in rows:
         if row["series"] in ("standard", "given"):
@@ -89,17 +113,26 @@ def summarise(rows: list[dict]) -> list[dict]:
     found = []
     for (cell, work), members in groups.items():
         names = list(dict.fromkeys(name for row in members for name in row["peers"]))
-        ratios = {name: [(row["peers"][name]["ratio"]["median"], row) for row in members if name in row["peers"]]
-                  for name in names}
-        ratios = {"best": [(row["peers"][row["best_peer"]]["ratio"]["median"], row) for row in members
-                           if row["best_peer"]]} | ratios
+        ratios = {
+            name: [(row["peers"][name]["ratio"]["median"], row) for row in members if name in row["peers"]]
+            for name in names
+        }
+        ratios = {
+            "best": [
+                (row["peers"][row["best_peer"]]["ratio"]["median"], row)
+                for row in members
+                if row["best_peer"]
+            ]
+        } | ratios
         entry = {"cell": cell, "work": work, "cases": len(members), "against": {}}
         for name, pairs in ratios.items():
             if pairs:
                 worst, row = min(pairs, key=lambda pair: pair[0])
                 entry["against"][name] = {
-                    "cases": len(pairs), "geometric_mean": geometric_mean([ratio for ratio, _ in pairs]),
-                    "worst": worst, "worst_shape": [row[k] for k in "BTIH"],
+                    "cases": len(pairs),
+                    "geometric_mean": geometric_mean([ratio for ratio, _ in pairs]),
+                    "worst": worst,
+                    "worst_shape": [row[k] for k in "BTIH"],
                 }
         shares = [row["peak_share"]["median"] for row in members if row["B"] >= 16 and row["H"] >= 256]
         entry["large_peak_share"] = min(shares) if shares else None

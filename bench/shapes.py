@@ -13,8 +13,16 @@ import fusedrnn as fr
 
 # B, T, I, H
 STANDARD = (
-    (1, 100, 64, 64), (1, 100, 256, 256), (1, 100, 512, 512), (1, 50, 1024, 1024), (16, 100, 128, 128),
-    (32, 100, 256, 256), (64, 100, 256, 256), (64, 50, 512, 512), (128, 30, 1024, 1024), (256, 50, 32, 64),
+    (1, 100, 64, 64),
+    (1, 100, 256, 256),
+    (1, 100, 512, 512),
+    (1, 50, 1024, 1024),
+    (16, 100, 128, 128),
+    (32, 100, 256, 256),
+    (64, 100, 256, 256),
+    (64, 50, 512, 512),
+    (128, 30, 1024, 1024),
+    (256, 50, 32, 64),
 )
 QUICK = ((1, 20, 64, 64), (16, 10, 96, 96))
 STREAM_SIZES = (16, 32, 64, 128, 256, 512, 1024)
@@ -32,7 +40,7 @@ DEFAULT_WORK = ("forward", "train", "stream")
 
 @dataclass(frozen=True)
 class Cell:
-    """A cell as the benchmark names it: its name among fusedrnn.reference.CELLS, the layer's class and options."""
+    """A cell by the benchmark's name: its name in fusedrnn.reference.CELLS, its layer's class and options."""
 
     name: str
     registered: str
@@ -64,7 +72,7 @@ DEFAULT_CELLS = ("lstm", "gru", "gru_reset_before", "rnn")
 
 @dataclass(frozen=True)
 class Case:
-    """One row of the result. `work` is "forward", "train" (forward + backward) or "stream" (one step, T = 1)."""
+    """One row of the result. `work`: "forward", "train" (forward + backward) or "stream" (one step)."""
 
     cell: Cell
     work: str
@@ -85,15 +93,23 @@ class Case:
     @property
     def flops(self) -> int:
         """Operations of the matrix products alone; forward + backward counts three forwards."""
-        return 2 * self.cell.gates * self.H * (self.I + self.H) * self.T * self.B * (3 if self.work == "train" else 1)
+        return (
+            2
+            * self.cell.gates
+            * self.H
+            * (self.I + self.H)
+            * self.T
+            * self.B
+            * (3 if self.work == "train" else 1)
+        )
 
     @property
     def traffic(self) -> int:
         """Bytes that must pass between cores and caches when no step keeps weights in registers for the next.
 
         Every step reads W_hh, x_t and the state and writes h; W_ih is read once, its product being hoisted.
-        Training reads W_hh twice a step, W_ih in forward and for dx, writes both weight gradients once, and writes
-        and reads a tape of G + 1 values per unit beside x, dx, h, dy and the state's gradient.
+        Training reads W_hh twice a step, W_ih in forward and for dx, writes both weight gradients once, and
+        writes and reads a tape of G + 1 values per unit beside x, dx, h, dy and the state's gradient.
         """
         g, s = self.cell.gates, self.cell.states
         recurrent, projection = g * self.H * self.H, g * self.H * self.I
@@ -111,8 +127,13 @@ class Case:
         return self.flops / self.traffic
 
 
-def cases(cells: list[Cell], work: list[str], shapes: list[tuple[int, int, int, int]] | None,
-          dtype: np.dtype, quick: bool) -> list[Case]:
+def cases(
+    cells: list[Cell],
+    work: list[str],
+    shapes: list[tuple[int, int, int, int]] | None,
+    dtype: np.dtype,
+    quick: bool,
+) -> list[Case]:
     """The cases of a run, cell by cell; `shapes` None means the standard set (a small one with `quick`)."""
     series = "standard" if shapes is None else "given"
     sequences = shapes or list(QUICK if quick else STANDARD)

@@ -55,7 +55,7 @@ def layers() -> Iterator[tuple[str, int, fr.RNN | fr.LSTM | fr.GRU]]:
         for scale in SCALES:
             # float64: a float32 would underflow where the gradient vanishes.
             layer = cls(8, H, dtype=np.float64, seed=0)
-            layer.flat_params *= scale
+            layer.flat_params[:] *= scale
             for name in ("bias_ih_l0", "bias_hh_l0"):
                 layer.params[name][:] = 0
             if bias:  # the second gate is the one that keeps the state: f of i, f, g, o and z of r, z, n

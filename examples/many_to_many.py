@@ -55,7 +55,7 @@ def main() -> None:
         adam.step(all_grads)
         if update % 200 == 0:
             print(f"update {update:5}  loss {loss:.5f}", flush=True)
-        if loss < 1e-3:
+        if loss < 2e-4:
             break
 
     sums = 50 if args.quick else 500

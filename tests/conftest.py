@@ -1,22 +1,13 @@
-"""What several test files share: layers by the cell's name, their reference, and the bound on the difference."""
+"""Fixtures of the API's tests: cells and dtypes, arrays, layers and functions by the cell's name."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from math import ceil, log2
 
 import numpy as np
 import pytest
+from bound import OFFERED, as_tuple, assert_close
 
 import fusedrnn as fr
-
-# cell: class, options that choose it, name of the functional forms
-OFFERED = {
-    "lstm": (fr.LSTM, {}, "lstm"),
-    "gru": (fr.GRU, {"reset_after": True}, "gru"),
-    "gru_reset_before": (fr.GRU, {"reset_after": False}, "gru"),
-    "rnn_tanh": (fr.RNN, {"nonlinearity": "tanh"}, "rnn"),
-    "rnn_relu": (fr.RNN, {"nonlinearity": "relu"}, "rnn"),
-}
 
 
 @pytest.fixture(params=OFFERED)
@@ -53,7 +44,7 @@ def make_layer() -> Callable[..., fr.Layer]:
 
 @pytest.fixture
 def functions() -> Callable[[str, object], dict[str, Callable]]:
-    """functions(cell, module): a module's four functions for a cell, with the cell chosen, by their suffix."""
+    """functions(cell, module): a module's four functions by their suffix, with the cell chosen."""
 
     def choose(cell: str, module) -> dict[str, Callable]:
         _, chosen, name = OFFERED[cell]
@@ -67,19 +58,9 @@ def functions() -> Callable[[str, object], dict[str, Callable]]:
     return choose
 
 
-def as_tuple(state) -> tuple:
-    return state if isinstance(state, tuple) else (state,)
-
-
-@pytest.fixture
-def states_of() -> Callable[[object], tuple]:
-    """A state as a tuple, whatever the cell."""
-    return as_tuple
-
-
 @pytest.fixture
 def reference_of() -> Callable:
-    """reference_of(layer, x, state, lengths): y, final states and tape of a time-major layer, without dropout."""
+    """reference_of(layer, x, state, lengths): y, final states and tape, time-major and without dropout."""
 
     def run(layer, x, state=None, lengths=None):
         return fr.reference.stack_forward(
@@ -92,24 +73,10 @@ def reference_of() -> Callable:
 
 @pytest.fixture
 def close() -> Callable[..., None]:
-    """close(got, want, terms, scale=1, backward=False): got is the float64 `want` but for rounding.
-
-    ||got - want|| <= 4 (8 backward) * max(4, ceil(log2 terms)) * eps * max(||want||, scale * sqrt(n)): `terms` is the
-    number of products behind an element, over all steps, and `scale` the natural size of one.
-    """
+    """close(got, want, terms, scale=1, backward=False): got is `want` but for rounding; see bound.py."""
 
     def check(got, want, terms: int, scale: float = 1.0, backward: bool = False) -> None:
-        assert got.shape == want.shape
-        error = np.abs(got.astype(np.float64) - want)
-        factor = (8 if backward else 4) * max(4, ceil(log2(max(terms, 1))))
-        natural = max(np.linalg.norm(want), scale * np.sqrt(want.size))
-        bound = factor * np.finfo(got.dtype).eps * natural
-        if not np.linalg.norm(error) <= bound:
-            worst = np.unravel_index(np.nanargmax(error), error.shape)
-            pytest.fail(
-                f"off by {np.linalg.norm(error):.3g}, bound {bound:.3g}; "
-                f"worst at {tuple(map(int, worst))}: got {got[worst]!r}, want {want[worst]!r}"
-            )
+        assert_close("result", got, want, terms, scale, backward)
 
     return check
 

@@ -1,10 +1,12 @@
-"""Layers and functional forms: every option gives what the reference gives, in the shapes that are promised."""
+"""Layers and functional forms: every option gives what the reference does, in the promised shapes."""
 
 import inspect
+import re
 from itertools import product
 
 import numpy as np
 import pytest
+from bound import as_tuple
 
 import fusedrnn as fr
 from fusedrnn import _core
@@ -17,13 +19,13 @@ def terms(layer, steps=T):
     return steps * layer.num_layers * (layer.input_size + 2 * layer.hidden_size)
 
 
-# --- Values ---------------------------------------------------------------------------------------------------
+# --- Values ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize(("num_layers", "bidirectional"), STACKS)
 def test_layer_and_its_gradients_are_the_reference(
-    cell, dtype, num_layers, bidirectional, bias, make_layer, normal, states_of, reference_of, close
+    cell, dtype, num_layers, bidirectional, bias, make_layer, normal, reference_of, close
 ):
     layer = make_layer(cell, I, H, num_layers, bias, bidirectional=bidirectional, dtype=dtype)
     rows, width = num_layers * (1 + bidirectional), (1 + bidirectional) * H
@@ -41,10 +43,10 @@ def test_layer_and_its_gradients_are_the_reference(
     n = terms(layer)
     assert y.dtype == grads.flat.dtype == dtype
     close(y, want_y, n)
-    for got, expected in zip(states_of(final), want_final, strict=True):
+    for got, expected in zip(as_tuple(final), want_final, strict=True):
         close(got, expected, n)
     close(grads.x, want.x, n, backward=True)
-    for got, expected in zip(states_of(grads.state), want.state, strict=True):
+    for got, expected in zip(as_tuple(grads.state), want.state, strict=True):
         close(got, expected, n, backward=True)
     for got, expected in zip(grads.params.values(), want.params, strict=True):
         close(got, expected, n * T * B, np.sqrt(T * B), backward=True)
@@ -52,7 +54,7 @@ def test_layer_and_its_gradients_are_the_reference(
 
 @pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize("bias", [True, False])
-def test_functional_forms_are_the_reference(cell, dtype, bias, reverse, functions, normal, states_of, close):
+def test_functional_forms_are_the_reference(cell, dtype, bias, reverse, functions, normal, close):
     ours, reference = functions(cell, fr), functions(cell, fr.reference)
     row = next(row for row in _core.CELLS if row["name"] == cell)
     rows = row["gates"] * H
@@ -84,10 +86,10 @@ def test_functional_forms_are_the_reference(cell, dtype, bias, reverse, function
 
     stepped = ours["_cell"](x[0], *states, *weights)
     want_step = reference["_cell"](x[0], *states, *weights)
-    for got, expected in zip(states_of(stepped), states_of(want_step), strict=True):
+    for got, expected in zip(as_tuple(stepped), as_tuple(want_step), strict=True):
         close(got, expected, I + H)
     alone = ours["_cell"](x[0, 1], *(s[1] for s in states), *weights)
-    for got, expected in zip(states_of(alone), states_of(stepped), strict=True):
+    for got, expected in zip(as_tuple(alone), as_tuple(stepped), strict=True):
         np.testing.assert_array_equal(got, expected[1])
 
 
@@ -103,10 +105,10 @@ def test_missing_states_are_zeros(missing, normal):
     np.testing.assert_array_equal(layer(x, given)[0], layer(x, full)[0])
 
 
-# --- Shapes and layouts ---------------------------------------------------------------------------------------
+# --- Shapes and layouts ---------------------------------------------------------------------------
 
 
-def test_batch_first_transposes_x_y_and_their_gradients(cell, make_layer, normal, states_of):
+def test_batch_first_transposes_x_y_and_their_gradients(cell, make_layer, normal):
     options = dict(num_layers=2, bidirectional=True)
     first, major = make_layer(cell, I, H, batch_first=True, **options), make_layer(cell, I, H, **options)
     x, dy = normal(B, T, I), normal(B, T, 2 * H)
@@ -114,7 +116,7 @@ def test_batch_first_transposes_x_y_and_their_gradients(cell, make_layer, normal
     want_y, want_state, want_tape = major.forward(x.swapaxes(0, 1))
     assert y.shape == (B, T, 2 * H) and y.flags.c_contiguous
     np.testing.assert_array_equal(y, want_y.swapaxes(0, 1))
-    np.testing.assert_array_equal(states_of(state), states_of(want_state))
+    np.testing.assert_array_equal(as_tuple(state), as_tuple(want_state))
     grads, want = first.backward(tape, dy), major.backward(want_tape, dy.swapaxes(0, 1))
     assert grads.x.shape == x.shape
     np.testing.assert_array_equal(grads.x, want.x.swapaxes(0, 1))
@@ -122,33 +124,33 @@ def test_batch_first_transposes_x_y_and_their_gradients(cell, make_layer, normal
 
 
 @pytest.mark.parametrize("batch_first", [False, True])
-def test_unbatched_input_is_a_batch_of_one(cell, batch_first, make_layer, normal, states_of):
+def test_unbatched_input_is_a_batch_of_one(cell, batch_first, make_layer, normal):
     layer = make_layer(cell, I, H, 2, batch_first=batch_first, bidirectional=True)
     x, dy = normal(T, I), normal(T, 2 * H)
     axis = 0 if batch_first else 1
-    one = (lambda a: np.expand_dims(a, axis))
+    one = lambda a: np.expand_dims(a, axis)
     state = tuple(normal(4, H) for _ in range(2 if cell == "lstm" else 1))
-    as_given = (lambda s: tuple(s) if cell == "lstm" else next(iter(s)))
+    as_given = lambda s: tuple(s) if cell == "lstm" else next(iter(s))
 
     y, final, tape = layer.forward(x, as_given(state))
     want_y, want_final, want_tape = layer.forward(one(x), as_given(s[:, None] for s in state))
     assert y.shape == (T, 2 * H)
     np.testing.assert_array_equal(one(y), want_y)
-    for got, want in zip(states_of(final), states_of(want_final), strict=True):
+    for got, want in zip(as_tuple(final), as_tuple(want_final), strict=True):
         np.testing.assert_array_equal(got[:, None], want)
     grads, want = layer.backward(tape, dy, as_given(state)), layer.backward(
         want_tape, one(dy), as_given(s[:, None] for s in state)
     )
     np.testing.assert_array_equal(one(grads.x), want.x)
     np.testing.assert_array_equal(grads.flat, want.flat)
-    for got, expected in zip(states_of(grads.state), states_of(want.state), strict=True):
+    for got, expected in zip(as_tuple(grads.state), as_tuple(want.state), strict=True):
         np.testing.assert_array_equal(got[:, None], expected)
 
 
 def strided(a):
-    """The same numbers at negative, gapped and transposed strides, read-only."""
+    """The same numbers, read-only, backwards in memory and with gaps."""
     wide = np.full((*a.shape[:-1], 2 * a.shape[-1]), np.nan, a.dtype)
-    view = wide[::-1, ..., ::2]
+    view = wide[..., ::2][::-1]
     view[...] = a
     view.flags.writeable = False
     return view
@@ -194,18 +196,18 @@ def test_any_layout_of_the_inputs_gives_the_same_bits(cell, lay_out, functions, 
 
 
 @pytest.mark.parametrize("steps,batch", [(0, B), (T, 0), (0, 0)])
-def test_empty_sequences_and_batches(cell, steps, batch, make_layer, normal, states_of):
+def test_empty_sequences_and_batches(cell, steps, batch, make_layer, normal):
     layer = make_layer(cell, I, H, 2, bidirectional=True)
     state = tuple(normal(4, batch, H) for _ in range(2 if cell == "lstm" else 1))
     given = state if cell == "lstm" else state[0]
     x, dy = normal(steps, batch, I), normal(steps, batch, 2 * H)
     y, final, tape = layer.forward(x, given)
     assert y.shape == (steps, batch, 2 * H)
-    np.testing.assert_array_equal(states_of(final), state)
-    np.testing.assert_array_equal(states_of(layer(x, given)[1]), state)
+    np.testing.assert_array_equal(as_tuple(final), state)
+    np.testing.assert_array_equal(as_tuple(layer(x, given)[1]), state)
     grads = layer.backward(tape, dy, given)
     assert grads.x.shape == x.shape
-    np.testing.assert_array_equal(states_of(grads.state), state)
+    np.testing.assert_array_equal(as_tuple(grads.state), state)
     np.testing.assert_array_equal(grads.flat, np.zeros_like(layer.flat_params))
 
 
@@ -237,20 +239,24 @@ def test_functional_out(cell, functions, normal):
         np.testing.assert_array_equal(buffer, forms[""](*args)[0])
 
 
-# --- Parameters -----------------------------------------------------------------------------------------------
+# --- Parameters -----------------------------------------------------------------------------------
 
 
 def test_parameters_have_pytorchs_names_shapes_and_order():
     layer = fr.LSTM(I, H, 2, bidirectional=True)
     assert {name: view.shape for name, view in layer.params.items()} == {
-        "weight_ih_l0": (4 * H, I), "weight_hh_l0": (4 * H, H), "bias_ih_l0": (4 * H,), "bias_hh_l0": (4 * H,),
+        "weight_ih_l0": (4 * H, I), "weight_hh_l0": (4 * H, H),
+        "bias_ih_l0": (4 * H,), "bias_hh_l0": (4 * H,),
         "weight_ih_l0_reverse": (4 * H, I), "weight_hh_l0_reverse": (4 * H, H),
         "bias_ih_l0_reverse": (4 * H,), "bias_hh_l0_reverse": (4 * H,),
-        "weight_ih_l1": (4 * H, 2 * H), "weight_hh_l1": (4 * H, H), "bias_ih_l1": (4 * H,), "bias_hh_l1": (4 * H,),
+        "weight_ih_l1": (4 * H, 2 * H), "weight_hh_l1": (4 * H, H),
+        "bias_ih_l1": (4 * H,), "bias_hh_l1": (4 * H,),
         "weight_ih_l1_reverse": (4 * H, 2 * H), "weight_hh_l1_reverse": (4 * H, H),
         "bias_ih_l1_reverse": (4 * H,), "bias_hh_l1_reverse": (4 * H,),
     }  # fmt: skip
-    np.testing.assert_array_equal(np.concatenate([v.ravel() for v in layer.params.values()]), layer.flat_params)
+    np.testing.assert_array_equal(
+        np.concatenate([v.ravel() for v in layer.params.values()]), layer.flat_params
+    )
     assert list(fr.GRU(I, H, bias=False).params) == ["weight_ih_l0", "weight_hh_l0"]
 
 
@@ -265,8 +271,6 @@ def test_parameters_are_views_of_one_buffer(make_layer, cell, normal):
     assert not np.array_equal(layer(x)[0], before)
     buffer[:] = 0
     np.testing.assert_array_equal(layer(x)[0], np.zeros((T, B, H)))
-    with pytest.raises(TypeError):
-        del layer.params["weight_hh_l0"]
 
 
 def test_initial_parameters_are_uniform_and_seeded(cell, dtype, make_layer):
@@ -300,7 +304,7 @@ def test_load_state_dict_takes_its_own_views_in_any_order():
     np.testing.assert_array_equal(layer.params["weight_ih_l1"], first["weight_ih_l0"])
 
 
-# --- Dropout --------------------------------------------------------------------------------------------------
+# --- Dropout --------------------------------------------------------------------------------------
 
 
 def test_dropout_zeroes_between_layers_and_scales_the_rest():
@@ -339,7 +343,7 @@ def test_dropout_of_a_single_layer_warns():
     assert tape.seed is None
 
 
-# --- Clipping, threads, configuration -------------------------------------------------------------------------
+# --- Clipping, threads, configuration -------------------------------------------------------------
 
 
 @pytest.mark.parametrize("max_norm", [0.5, 1e6, 0.0])
@@ -400,11 +404,13 @@ def test_show_config(capsys):
     assert config["num_threads"] == fr.get_num_threads()
     assert fr.show_config() is None
     printed = capsys.readouterr().out
-    for text in (fr.__version__, config["isa"], "num_threads", "cuda", *map(str, config["build"].values())):
-        assert text in printed
+    assert {"numpy", "cuda", "compiler"} < set(config)
+    for name, value in config.items():
+        assert re.search(rf"^{name} +\S", printed, re.MULTILINE), name
+        assert ", ".join(value) in printed if isinstance(value, list) else str(value) in printed, name
 
 
-# --- What the package offers ----------------------------------------------------------------------------------
+# --- What the package offers ----------------------------------------------------------------------
 
 
 def test_python_and_cpp_agree_on_the_cells():
@@ -418,19 +424,29 @@ def test_attributes_and_repr(cell, make_layer):
     layer = make_layer(cell, I, H, 2, False, True, 0.25, True, dtype=np.float64)
     for thing in layer, layer.freeze():
         assert (thing.cell, thing.input_size, thing.hidden_size, thing.num_layers) == (cell, I, H, 2)
-        assert (thing.bias, thing.batch_first, thing.dropout, thing.bidirectional) == (False, True, 0.25, True)
+        assert (thing.bias, thing.batch_first, thing.dropout, thing.bidirectional) == (
+            False,
+            True,
+            0.25,
+            True,
+        )
         assert (thing.proj_size, thing.dtype) == (0, np.float64)
         for attribute in ("hidden_size", "params", "dtype"):
             with pytest.raises(AttributeError):
                 setattr(thing, attribute, None)
     assert eval(repr(layer), {**vars(fr), "float64": np.float64}).cell == cell
-    assert (repr(layer).count("reset_after"), repr(layer).count("relu")) == (cell == "gru_reset_before", cell == "rnn_relu")
+    assert (repr(layer).count("reset_after"), repr(layer).count("relu")) == (
+        cell == "gru_reset_before",
+        cell == "rnn_relu",
+    )
 
 
 @pytest.mark.parametrize("name", ["lstm", "gru", "rnn"])
 @pytest.mark.parametrize("suffix", ["", "_forward", "_cell", "_backward"])
 def test_reference_is_called_the_same_way(name, suffix):
-    ours, reference = (list(inspect.signature(getattr(m, name + suffix)).parameters.values()) for m in (fr, fr.reference))
+    ours, reference = (
+        list(inspect.signature(getattr(m, name + suffix)).parameters.values()) for m in (fr, fr.reference)
+    )
     extra = {"out", "wrt", "retain", "accumulate_into"}
     got = [(p.name, p.kind, p.default) for p in ours if p.name not in extra]
     assert got == [(p.name, p.kind, p.default) for p in reference]
@@ -442,5 +458,7 @@ def test_every_public_name_is_documented():
         assert inspect.getdoc(thing), name
         methods = vars(thing).items() if thing in (fr.Layer, fr.Frozen, fr.Stream) else ()
         for member, value in methods:
-            if member == "__call__" or (not member.startswith("_") and member not in ("cells", "params", "nbytes")):
+            if member == "__call__" or (
+                not member.startswith("_") and member not in ("cells", "params", "nbytes")
+            ):
                 assert inspect.getdoc(value), (name, member)

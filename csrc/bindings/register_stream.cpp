@@ -26,7 +26,8 @@ class PyStream {
     return std::visit([&](auto& stream) { return typed_step(*stream, x, out); }, stream_);
   }
 
-  py::tuple state() const {
+  py::tuple state() {
+    Busy busy(*this);
     return std::visit([&](auto& stream) { return typed_state(*stream); }, stream_);
   }
 
@@ -78,9 +79,14 @@ class PyStream {
   }
 
   py::array checked(const char* name, const py::object& a) const {
-    if (!py::isinstance<py::array>(a))
-      throw py::type_error(std::string("stream.step: ") + name + " must be a NumPy array, got " +
-                           std::string(Py_TYPE(a.ptr())->tp_name));
+    // Py_TYPE first: the plain type is the usual case, and a comparison is all that it then costs.
+    if (Py_TYPE(a.ptr()) != py::detail::npy_api::get().PyArray_Type_) {
+      const std::string type = py::type::of(a).attr("__name__").cast<std::string>();
+      if (!py::isinstance<py::array>(a))
+        throw py::type_error(std::string("stream.step: ") + name + " must be a numpy.ndarray, got " + type);
+      if (type != "memmap")
+        throw py::type_error(std::string("stream.step: ") + name + " must be a plain numpy.ndarray, got its subclass " + type);
+    }
     auto array = py::reinterpret_borrow<py::array>(a);
     if (array.dtype().ptr() != dtype_.ptr() && !array.dtype().equal(dtype_))
       throw py::type_error(std::string("stream.step: ") + name + " must have dtype " +
@@ -99,7 +105,8 @@ class PyStream {
                                   : "(" + std::to_string(B_) + ", " + std::to_string(spec_.H) + ")") +
                             ", got " + shape_text(out));
     if (!out.writeable()) throw py::value_error("stream.step: out must be writeable, got a read-only array");
-    if (!(out.flags() & py::array::c_style)) throw py::value_error("stream.step: out must be C-contiguous");
+    if (!(out.flags() & py::array::c_style) || reinterpret_cast<uintptr_t>(out.data()) % size_t(out.itemsize()) != 0)
+      throw py::value_error("stream.step: out must be C-contiguous and aligned");
     // Both are small: the bounds of their memory are enough.
     auto end = [](const py::array& a) {
       const char* last = static_cast<const char*>(a.data());

@@ -14,8 +14,9 @@
 
 namespace fusedrnn {
 
-// c(k): C(h) = 1 + c(1) h^2 + c(2) h^4 + ..., found by Remez exchange in 60 digits for the least relative error of
-// h / C(h) on |h| <= 0.75 ln2/2, the range of tanh: 0.43 * 2^-24 for float, 0.002 * 2^-53 for double.
+// C(h) = 1 + c[0] h^2 + c[1] h^4 + ..., found by Remez exchange in 60 digits for the least relative error of h / C(h) on
+// |h| <= 0.75 ln2/2, the range of tanh: 0.43 * 2^-24 for float, 0.002 * 2^-53 for double. For float, sigmoid has its own
+// c, of exp(2h) on |h| <= ln2/4: 0.01 * 2^-24, then c[0] moved by 1.5e-6 of itself, where the worst of all floats is least.
 // log2e and half_ln2 = ln(2)/2 are in two parts; half_ln2 is so short that n * half_ln2 is exact.
 template <class T>
 struct ActivationConstants;
@@ -23,7 +24,10 @@ struct ActivationConstants;
 template <>
 struct ActivationConstants<float> {
   static constexpr int terms = 2;
-  static FUSEDRNN_HD constexpr double c(int k) { return k == 1 ? 0.33332915267143201577 : -0.022023055873513864763; }
+  static FUSEDRNN_HD constexpr double sigmoid_c(int k) {
+    return k == 0 ? 0.33333233455969133264 * (1 + 1.5e-6) : -0.022126957298844295362;
+  }
+  static FUSEDRNN_HD constexpr double tanh_c(int k) { return k == 0 ? 0.33332915267143201577 : -0.022023055873513864763; }
   static constexpr float log2e = 0x1.715476p+0f, log2e_low = 0x1.4ae0c0p-26f;
   static constexpr float half_ln2 = 0x1.62e4p-2f, half_ln2_low = 0x1.7f7d1cp-21f;
   static constexpr float sigmoid_min = -87.9f;  // n = -127: the denominator is Inf, the quotient 0
@@ -34,10 +38,11 @@ struct ActivationConstants<float> {
 template <>
 struct ActivationConstants<double> {
   static constexpr int terms = 6;
-  static FUSEDRNN_HD constexpr double c(int k) {
+  static FUSEDRNN_HD constexpr double sigmoid_c(int k) { return tanh_c(k); }
+  static FUSEDRNN_HD constexpr double tanh_c(int k) {
     constexpr double values[] = {0.33333333333333315613,     -0.022222222222171570665,  0.0021164021115829216916,
                                  -0.00021164000082079834981, 2.1373133413755158407e-05, -2.1134970096600648102e-06};
-    return values[k - 1];
+    return values[k];
   }
   static constexpr double log2e = 0x1.71547652b82fep+0, log2e_low = 0x1.777d0ffda0d24p-56;
   static constexpr double half_ln2 = 0x1.62e42fefa38p-2, half_ln2_low = 0x1.ef35793c7673p-46;
@@ -46,21 +51,28 @@ struct ActivationConstants<double> {
   static constexpr double tanh_max = 19.1;  // 1 - tanh < 2^-54
 };
 
-// scale * C(h) from u = (scale * h)^2: the terms k and above, by Horner's rule.
-template <class V, bool scaled, int k = 0>
+enum class Activation { sigmoid, tanh };
+
+// The coefficient of h^2k in C(h); for sigmoid those of 2 log2(e) C as a function of f = 2h log2(e).
+template <class T, Activation activation>
+FUSEDRNN_HD constexpr T even_coefficient(int k) {
+  using A = ActivationConstants<T>;
+  if (activation == Activation::tanh) return k == 0 ? T(1) : T(A::tanh_c(k - 1));
+  const double unit = 2.0 * A::log2e;
+  double value = k == 0 ? unit : unit * A::sigmoid_c(k - 1);
+  for (int i = 0; i < k; ++i) value /= unit * unit;
+  return T(value);
+}
+
+// The terms k and above of C over u^k, u = h^2 or f^2, by Horner's rule.
+template <Activation activation, int k = 0, class V>
 FUSEDRNN_HD_INLINE V even_part(V u) {
   using T = typename V::value_type;
-  using A = ActivationConstants<T>;
-  constexpr double scale = scaled ? 2.0 * A::log2e : 1.0;
-  constexpr auto coefficient = [](double scale) {
-    double value = k == 0 ? 1.0 : A::c(k);
-    for (int i = 0; i < k; ++i) value /= scale * scale;
-    return T(value * scale);
-  }(scale);
-  if constexpr (k == A::terms) {
+  constexpr T coefficient = even_coefficient<T, activation>(k);
+  if constexpr (k == ActivationConstants<T>::terms) {
     return V(coefficient);
   } else {
-    return fma(even_part<V, scaled, k + 1>(u), u, V(coefficient));
+    return fma(even_part<activation, k + 1>(u), u, V(coefficient));
   }
 }
 
@@ -80,10 +92,16 @@ FUSEDRNN_HD_INLINE V sigmoid(V x) {
   } else {
     f = (x + n * V(2 * A::half_ln2) + n * V(2 * A::half_ln2_low)) * V(A::log2e);
   }
-  const V c = even_part<V, true>(f * f);
-  // C - f = numerator - 2f is never formed: what the numerator was rounded by belongs to C, and is damped.
+  const V c = even_part<Activation::sigmoid>(f * f);
   const V numerator = c + f;
-  return numerator / fma(V(T(1)) + inverse_s, numerator, inverse_s * (V(T(-2)) * f));
+  const V twice = f + f;
+  const V rest = numerator - twice;  // not c - f: what numerator was rounded by belongs to c, and is damped
+  if constexpr (V::has_fma && sizeof(T) == 4) {
+    return numerator / fma(inverse_s, rest, numerator);  // every float is within 2 ulp without the correction below
+  } else {
+    const V lost = (numerator - rest) - twice;
+    return numerator / fma(inverse_s, rest, fma(inverse_s, lost, numerator));
+  }
 }
 
 template <class V>
@@ -92,19 +110,19 @@ FUSEDRNN_HD_INLINE V tanh(V x) {
   using A = ActivationConstants<T>;
   const V a = min(V(A::tanh_max), abs(x));
   // n = round(2a log2(e) - 1/4): rounding to nearest would cancel more in the numerator at the lower end of n = 1.
-  const V z = fma(a, V(2 * A::log2e), V(T(-0.25))) + V(V::exponent_magic);
-  const V n = z - V(V::exponent_magic);
-  const V s = power_of_two(z);
+  constexpr T magic = V::exponent_magic - 1;  // numerator and denominator are halved, which costs nothing: s/2
+  const V z = fma(a, V(2 * A::log2e), V(T(-0.25))) + V(magic);
+  const V n = z - V(magic);
+  const V half_s = power_of_two(z);
   V h;  // exactly a where n = 0, so that small x keep their relative accuracy
   if constexpr (V::has_fma) {
     h = fma(n, V(-(A::half_ln2 + A::half_ln2_low)), a);
   } else {
     h = a - n * V(A::half_ln2) - n * V(A::half_ln2_low);
   }
-  const V c = even_part<V, false>(h * h);
-  const V numerator = fma(c + h, s - V(T(1)), h + h);
-  const V rest = c - h;
-  return copysign(numerator / (numerator + (rest + rest)), x);
+  const V c = even_part<Activation::tanh>(h * h);
+  const V numerator = fma(c + h, half_s - V(T(0.5)), h);
+  return copysign(numerator / (numerator + (c - h)), x);
 }
 
 template <class V>

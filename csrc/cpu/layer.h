@@ -24,6 +24,14 @@ FUSEDRNN_INLINE int block_width(int64_t n, int64_t b) {
   return int(n - b * L < L ? n - b * L : L);
 }
 
+// Asks for n elements from p on in the second cache level. A tile's product takes longer than memory does, so what its
+// epilogue will touch is there when it is needed.
+template <bool writes, class T>
+FUSEDRNN_INLINE void prefetch(const T* p, int64_t n) {
+  constexpr int64_t line = 64 / sizeof(T);
+  for (int64_t i = 0; i < n; i += line) __builtin_prefetch(p + i, writes, 2);
+}
+
 FUSEDRNN_INLINE int64_t largest(int64_t a, int64_t b) { return a > b ? a : b; }
 FUSEDRNN_INLINE int64_t smallest(int64_t a, int64_t b) { return a < b ? a : b; }
 
@@ -65,6 +73,9 @@ struct Forward {
   }
   FUSEDRNN_INLINE T* operand(int64_t s, int64_t j) const {
     return a.operand + (a.training ? a.schedule.offset[s] + j : j) * a.H;
+  }
+  FUSEDRNN_INLINE T* saved(int64_t s, int64_t j, int64_t b) const {
+    return a.saved + ((a.schedule.offset[s] + j) * a.H + b * L) * Cell::saved;
   }
   // The pre-activations of row (s, j) of the chunk that starts at step c, from block share.b0 on.
   FUSEDRNN_INLINE T* slots_at(int64_t s, int64_t c, int64_t j) const {
@@ -145,9 +156,17 @@ struct Forward {
       for (int64_t i = 0; i < tiling.row.pieces; ++i) {
         int64_t j0 = share.j0 + tiling.row.begin(i);
         int n = int(tiling.row.begin(i + 1) - tiling.row.begin(i));
+        if (g == 0 && share.barrier && i + 1 < tiling.row.pieces)  // the next rows, half of them from another core
+          for (int64_t j = j0 + n; j < share.j0 + tiling.row.begin(i + 2); ++j)
+            prefetch<false>(p == 0 ? h_prev(s, j) : operand(s, j), a.H);
         for (int r = 0; r < n; ++r) {
           t.a[r] = p == 0 ? h_prev(s, j0 + r) : operand(s, j0 + r);
           t.cin[r] = t.cout[r] = slots_at(s, c, j0 + r) + (b0 - share.b0) * slots + span.first * L;
+          if (p + 1 == Cell::phases) {
+            prefetch<true>(a.y.at(s, j0 + r) + b0 * L, (b1 - b0) * L);
+            if (a.copy.base) prefetch<true>(a.copy.at(s, j0 + r) + b0 * L, (b1 - b0) * L);
+            if (a.training) prefetch<true>(saved(s, j0 + r, b0), (b1 - b0) * L * Cell::saved);
+          }
         }
         run_tile<T, span.count>(n, int(b1 - b0), t);
         for (int r = 0; r < n; ++r) {
@@ -170,20 +189,25 @@ struct Forward {
     const Lanes<T, full> lanes{width};
     const int64_t u = b * L;
     V slot[Cell::slots], state[Cell::states], save[Cell::saved + 1], op;
+#pragma GCC unroll 8
     for (int i = 0; i < Cell::slots; ++i) slot[i] = V::load(row + i * L);
     state[0] = lanes.load(h_prev(s, j) + u);
+#pragma GCC unroll 8
     for (int i = 1; i < Cell::states; ++i) state[i] = lanes.load(a.final_state[i] + a.state_row[j] + u);
     Cell::template forward<p>(slot, state, save, &op);
     if constexpr (p + 1 < Cell::phases) {
+#pragma GCC unroll 8
       for (int i = 0; i < Cell::slots; ++i) slot[i].store(row + i * L);
       lanes.store(operand(s, j) + u, op);
     } else {
       lanes.store(a.y.at(s, j) + u, state[0]);
       if (a.copy.base) lanes.store(a.copy.at(s, j) + u, state[0]);
       if (j >= a.schedule.active[s + 1]) lanes.store(a.final_state[0] + a.state_row[j] + u, state[0]);
+#pragma GCC unroll 8
       for (int i = 1; i < Cell::states; ++i) lanes.store(a.final_state[i] + a.state_row[j] + u, state[i]);
       if (a.training) {
-        T* to = a.saved + (a.schedule.offset[s] + j) * Cell::saved * a.H + u * Cell::saved;
+        T* to = saved(s, j, b);
+#pragma GCC unroll 8
         for (int i = 0; i < Cell::saved; ++i) lanes.store(to + i * lanes.stride(), save[i]);
       }
     }
@@ -280,7 +304,7 @@ struct Backward {
     // Rows that ended at step s got nothing from a later step: for them the product is empty.
     int64_t fed = q > 0 ? forward.running(s) : s + 1 < steps ? forward.running(s + 1) : share.j0;
     int64_t ends = s >= 0 ? forward.running(s) : fed;
-    T scratch[8 * tile_max_vectors * L];
+    alignas(64) T scratch[8 * tile_max_vectors * L];
     Tile<T> t;
     t.k = span.count * L, t.a_stride = 1, t.a_segment = a.gates_block;
     t.b_block = a.hh_block[p], t.cin_block = q == 0 ? L : 0, t.cout_block = L;
@@ -295,10 +319,18 @@ struct Backward {
         for (int64_t i = 0; i < tiling.row.pieces; ++i) {
           int64_t j = j0 + tiling.row.begin(i);
           int n = int(tiling.row.begin(i + 1) - tiling.row.begin(i));
+          if (g == 0 && share.barrier && part == 0 && i + 1 < tiling.row.pieces)  // the next rows, from other cores
+            for (int64_t b = 0; b < blocks; ++b)
+              if (b < share.b0 || b >= share.b1)
+                prefetch<false>(gates(b, from + j + n), (tiling.row.begin(i + 2) - tiling.row.begin(i + 1)) * slots);
           for (int r = 0; r < n; ++r) {
             t.a[r] = gates(0, from + j + r) + span.first * L;
             t.cin[r] = q == 0 ? a.carry[0] + (j + r) * padded + b0 * L : f.zeros;
             t.cout[r] = scratch + r * tile_max_vectors * L;
+            if (s >= 0) {
+              prefetch<false>(forward.saved(s, j + r, b0), (b1 - b0) * L * Cell::saved);
+              if (q == 0 && a.dy.base) prefetch<false>(a.dy.at(s, j + r) + b0 * L, (b1 - b0) * L);
+            }
           }
           run_tile<T, 1>(n, int(b1 - b0), t);
           for (int r = 0; r < n; ++r)
@@ -315,14 +347,19 @@ struct Backward {
     V slot[Cell::slots], carry[Cell::states], save[Cell::saved + 1];
     V grad = V::load(product);
     if (q == 0 && a.dy.base) grad = grad + lanes.load(a.dy.at(s, j) + u);
+#pragma GCC unroll 8
     for (int i = 0; i < Cell::states; ++i) carry[i] = V::load(a.carry[i] + j * padded + u);
-    const T* saved = f.saved + (f.schedule.offset[s] + j) * Cell::saved * H + u * Cell::saved;
+    const T* saved = forward.saved(s, j, b);
+#pragma GCC unroll 8
     for (int i = 0; i < Cell::saved; ++i) save[i] = lanes.load(saved + i * lanes.stride());
     T* to = gates(b, now + j);
+#pragma GCC unroll 8
     for (int i = 0; i < Cell::slots; ++i) slot[i] = q == 0 ? V(T(0)) : V::load(to + i * L);
     Cell::template backward<q>(grad, slot, carry, save, lanes.load(f.y.at(s, j) + u),
                                lanes.load(forward.h_prev(s, j) + u));
+#pragma GCC unroll 8
     for (int i = 0; i < Cell::slots; ++i) lanes.clear_rest(slot[i]).store(to + i * L);
+#pragma GCC unroll 8
     for (int i = 0; i < Cell::states; ++i) carry[i].store(a.carry[i] + j * padded + u);
   }
 
@@ -373,7 +410,7 @@ struct Backward {
   void outer_product(Span span, int64_t N, const T* panel, T* dw, T* sum, int64_t rows, int64_t done, bool last) const {
     const Cut columns{ceil_div(N, L), ceil_div(ceil_div(N, L), 4)};
     Cut cut = tasks(blocks * columns.pieces);
-    T scratch[8 * 4 * L];
+    alignas(64) T scratch[8 * 4 * L];
     Tile<T> t;
     t.segments = 1, t.a_stride = slots, t.a_segment = 0, t.b_block = team.plan.chunk_rows * L;
     for (int64_t task = cut.begin(team.rank); task < cut.begin(team.rank + 1); ++task) {
@@ -388,27 +425,31 @@ struct Backward {
         const bool adds = a.adds || done + r0 >= reduction_rows;
         t.k = r1 - r0;
         t.b = panel + n0 * t.b_block + r0 * L;
-        for (int s = span.first; s < span.first + span.count; ++s) {
-          const Cut lane{block_width<T>(H, b), ceil_div(block_width<T>(H, b), tile_max_rows(4))};
-          for (int64_t i = 0; i < lane.pieces; ++i) {
-            const int n = int(lane.begin(i + 1) - lane.begin(i));
-            const int64_t row = (Cell::slot_gate[s] * H + b * L + lane.begin(i)) * N + n0 * L;
-            T* to = (sum ? sum : dw) + row;
-            for (int r = 0; r < n; ++r) {
-              t.a[r] = gates(b, batch + r0) + s * L + lane.begin(i) + r;
-              t.cout[r] = whole ? to + r * N : scratch + r * 4 * L;
-              t.cin[r] = starts ? f.zeros : t.cout[r];
-              if (!starts && !whole)
-                for (int64_t v = 0; v < width; ++v) t.cout[r][v] = to[r * N + v];
-            }
-            t.cin_block = starts ? 0 : L, t.cout_block = L;
-            run_tile<T, 1>(n, int(vectors), t);
-            if (!whole)
-              for (int r = 0; r < n; ++r)
-                for (int64_t v = 0; v < width; ++v) to[r * N + v] = t.cout[r][v];
-            if (flush)
-              for (int r = 0; r < n; ++r) add_to(dw + row + r * N, to + r * N, width, adds);
+        const Cut lane{block_width<T>(H, b), ceil_div(block_width<T>(H, b), tile_max_rows(4))};
+        const int64_t tiles = span.count * lane.pieces;
+        const auto first_row = [&](int64_t i) {  // of tile i in dw
+          return (Cell::slot_gate[span.first + i / lane.pieces] * H + b * L + lane.begin(i % lane.pieces)) * N + n0 * L;
+        };
+        for (int64_t i = 0; i < tiles; ++i) {
+          const int64_t lane0 = lane.begin(i % lane.pieces), row = first_row(i);
+          const int n = int(lane.begin(i % lane.pieces + 1) - lane0);
+          T* to = (sum ? sum : dw) + row;
+          if (i + 1 < tiles)
+            for (int r = 0; r < n; ++r) prefetch<true>((sum ? sum : dw) + first_row(i + 1) + r * N, width);
+          for (int r = 0; r < n; ++r) {
+            t.a[r] = gates(b, batch + r0) + (span.first + i / lane.pieces) * L + lane0 + r;
+            t.cout[r] = whole ? to + r * N : scratch + r * 4 * L;
+            t.cin[r] = starts ? f.zeros : t.cout[r];
+            if (!starts && !whole)
+              for (int64_t v = 0; v < width; ++v) t.cout[r][v] = to[r * N + v];
           }
+          t.cin_block = starts ? 0 : L, t.cout_block = L;
+          run_tile<T, 1>(n, int(vectors), t);
+          if (!whole)
+            for (int r = 0; r < n; ++r)
+              for (int64_t v = 0; v < width; ++v) to[r * N + v] = t.cout[r][v];
+          if (flush)
+            for (int r = 0; r < n; ++r) add_to(dw + row + r * N, to + r * N, width, adds);
         }
       }
     }
@@ -449,7 +490,7 @@ struct Backward {
   void input_gradients(int64_t hi, int64_t rows) const {
     const Tiling<T, 1> tiling(rows, ceil_div(f.I, L));
     Cut cut = tasks(tiling.block.pieces * tiling.row.pieces);
-    T scratch[8 * tile_max_vectors * L];
+    alignas(64) T scratch[8 * tile_max_vectors * L];
     Tile<T> t;
     t.k = Cell::input.count * L, t.segments = blocks, t.a_stride = 1, t.a_segment = a.gates_block;
     t.b_block = a.ih_block, t.cin_block = 0, t.cout_block = L;

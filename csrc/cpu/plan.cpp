@@ -1,7 +1,6 @@
 #include "cpu/plan.h"
 
 #include <algorithm>
-#include <atomic>
 
 #if defined(__linux__)
 #include <unistd.h>
@@ -14,53 +13,89 @@ PlanOverride override_values;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Below this many multiplications a step, a second thread costs more in barriers than it saves.
-constexpr int64_t min_step_products = 24 * 1024;
+// What things cost on a core of today, in nanoseconds; only their proportions matter. From docs/performance.md.
+constexpr double fma_per_ns = 7.0;            // vector FMAs
+constexpr double l2_bytes_per_ns = 200.0;     // a panel read once per row tile
+constexpr double l3_bytes_per_ns = 80.0;      // a panel that the second level does not hold, once per step
+constexpr double exchange_bytes_per_ns = 30;  // rows that another core has just written
+constexpr double cell_ns = 12.0;              // the epilogue of one vector
+constexpr double barrier_ns = 400.0;          // two hand-overs between cores that share no cache
+constexpr double tile_ns = 8.0;
+constexpr double start_ns = 3000.0;           // handing a call to another thread and waiting for it
 
-Plan shared_plan(const LayerSize& size, int threads, bool forward) {
-  Plan plan;
+// The time of one layer's recurrence over all steps, cut `rows` x `units` ways.
+double recurrence_ns(const LayerSize& size, const Machine& machine, int rows, int units, bool forward) {
+  const double B = double(ceil_div(size.B, rows));
+  const double blocks = double(ceil_div(ceil_div(size.H, size.lanes), units));
+  const double gates = size.cell->gates, vector_bytes = size.lanes * size.element_bytes;
+  const double vectors = blocks * gates * double(size.H);       // of W_hh that this thread multiplies with
+  const double weights = vectors * vector_bytes;
+  const double fma = B * vectors / fma_per_ns;
+  const double tiles = double(ceil_div(int64_t(B), 6));
+  const double from_l2 = tiles * weights / l2_bytes_per_ns;
+  const double from_l3 = weights > 0.75 * double(machine.l2_bytes) ? weights / l3_bytes_per_ns : 0;
+  // The panel streams while the products run; what exceeds them is waited for, and most of what comes from afar.
+  double step = std::max(fma, from_l2) + 0.4 * from_l3 + B * blocks * cell_ns + tiles * blocks * tile_ns;
+  if (units > 1) {
+    const double row_bytes = double(size.H) * size.element_bytes * (forward ? 1.0 : gates);
+    step += B * row_bytes * (units - 1) / units / exchange_bytes_per_ns + barrier_ns * size.cell->phases;
+  }
+  const double input = forward ? B * blocks * gates * double(size.I) / fma_per_ns : 0;
+  return double(size.T) * (step + input) + (rows * units > 1 ? start_ns : 0);
+}
+
+Plan cut(const LayerSize& size, const Machine& machine, int threads, bool forward) {
   const int64_t blocks = ceil_div(size.H, size.lanes);
-  const int64_t step_products = size.B * size.cell->gates * size.H * (size.H + (forward ? size.I : 0));
-  if (step_products < min_step_products) threads = 1;
-  // Hidden units first: each thread then keeps its own slice of W_hh in its own cache. The batch takes what is left.
-  plan.unit_threads = int(std::min<int64_t>(threads, blocks));
-  plan.row_threads = int(std::max<int64_t>(1, std::min<int64_t>(threads / plan.unit_threads, size.B / 4)));
-  if (override_values.unit_threads > 0)
-    plan.unit_threads = int(std::min<int64_t>({override_values.unit_threads, threads, blocks}));
-  if (override_values.unit_threads > 0 || override_values.row_threads > 0)
-    plan.row_threads = int(std::max<int64_t>(
-        1, std::min<int64_t>({std::max(override_values.row_threads, 1), threads / plan.unit_threads, size.B})));
-  return plan;
+  Plan best;
+  double best_ns = 0;
+  for (int units = 1; units <= std::min<int64_t>(threads, blocks); ++units) {
+    if (override_values.unit_threads > 0 && units != std::min<int64_t>({override_values.unit_threads, threads, blocks}))
+      continue;
+    for (int rows = 1; rows <= std::min<int64_t>(threads / units, size.B); ++rows) {
+      if (override_values.row_threads > 0 &&
+          rows != std::min<int64_t>({override_values.row_threads, threads / units, size.B}))
+        continue;
+      const double ns = recurrence_ns(size, machine, rows, units, forward);
+      if (best_ns == 0 || ns < best_ns) best_ns = ns, best.row_threads = rows, best.unit_threads = units;
+    }
+  }
+  return best;
+}
+
+long cache_bytes(int name, long otherwise) {
+#if defined(_SC_LEVEL2_CACHE_SIZE)
+  long bytes = sysconf(name);
+  if (bytes > 0) return bytes;
+#endif
+  (void)name;
+  return otherwise;
 }
 
 }  // namespace
 
 Machine this_machine() {
-  static const Machine machine = [] {
-    Machine m{1 << 20};
 #if defined(_SC_LEVEL2_CACHE_SIZE)
-    long bytes = sysconf(_SC_LEVEL2_CACHE_SIZE);
-    if (bytes > 0) m.l2_bytes = bytes;
+  static const Machine machine{cache_bytes(_SC_LEVEL2_CACHE_SIZE, 1 << 20)};
+#else
+  static const Machine machine{cache_bytes(0, 1 << 20)};
 #endif
-    return m;
-  }();
   return machine;
 }
 
 Plan forward_plan(const LayerSize& size, const Machine& machine, int threads) {
-  Plan plan = shared_plan(size, threads, true);
+  Plan plan = cut(size, machine, threads, true);
   // A chunk's pre-activations take at most a quarter of the second cache level; longer chunks read W_ih less often.
   const int64_t rows = ceil_div(size.B, plan.row_threads);
   const int64_t row_bytes =
       ceil_div(ceil_div(size.H, size.lanes), plan.unit_threads) * size.lanes * size.cell->slots * size.element_bytes;
-  plan.chunk_steps = std::max<int64_t>(1, machine.l2_bytes / 4 / std::max<int64_t>(1, rows * row_bytes));
+  plan.chunk_steps = machine.l2_bytes / 4 / std::max<int64_t>(1, rows * row_bytes);
   if (override_values.chunk_steps > 0) plan.chunk_steps = override_values.chunk_steps;
   plan.chunk_steps = std::max<int64_t>(1, std::min(plan.chunk_steps, size.T));
   return plan;
 }
 
-Plan backward_plan(const LayerSize& size, const Machine&, int threads) {
-  Plan plan = shared_plan(size, threads, false);
+Plan backward_plan(const LayerSize& size, const Machine& machine, int threads) {
+  Plan plan = cut(size, machine, threads, false);
   plan.chunk_rows = override_values.chunk_rows > 0 ? override_values.chunk_rows : 512;
   plan.chunk_rows = std::max(size.B, std::min(plan.chunk_rows, size.T * size.B));
   return plan;

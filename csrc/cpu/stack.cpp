@@ -90,9 +90,8 @@ class Crew {
   static int most_threads(const Spec& spec, MakePlan make_plan) {
     int wanted = wanted_threads(), most = 1;
     if (wanted == 1) return 1;
-    for (int64_t l = 0; l < spec.L; ++l)
-      most = std::max(most, spec.D == 2 && make_plan(l, wanted).threads() > 1 ? wanted : make_plan(l, wanted).threads());
-    return most;
+    for (int64_t l = 0; l < spec.L; ++l) most = std::max(most, make_plan(l, wanted).threads());
+    return most > 1 && spec.D == 2 ? wanted : most;
   }
 
   int D_, threads_;
@@ -255,7 +254,10 @@ void run_forward(const StackForward<T>& call, Tape<T>* tape) {
   const Spec& spec = call.spec;
   const int64_t T_ = call.T_, B = call.B, H = spec.H, width = spec.D * H, lanes = kernels<T>().lanes;
   const CellInfo& cell = spec.info();
-  if (B == 0) return;
+  if (B == 0) {
+    if (tape) tape->x_sum = checksum(call.x, spec.I, tape->order), tape->weights_sum = checksum(spec, call.weights);
+    return;
+  }
   std::unique_ptr<Order> own_order;
   if (!tape) own_order = std::make_unique<Order>(T_, B, call.lengths);
   const Order& order = tape ? tape->order : *own_order;

@@ -4,6 +4,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include <algorithm>
 #include <chrono>
 #include <condition_variable>
 #include <cstdio>
@@ -24,8 +25,40 @@
 namespace fusedrnn {
 namespace {
 
-constexpr int spins_before_yield = 4000;                        // some 40 us: the partner has lost its core by then
-constexpr std::chrono::microseconds spin_window{200};           // how long a worker waits awake for the next call
+using Clock = std::chrono::steady_clock;
+using std::chrono::microseconds;
+
+constexpr int spins_before_yield = 4000;    // some 50 us
+constexpr microseconds spin_window{200};    // how long a worker waits awake for the next call
+constexpr microseconds stall{1000};         // a wait of that long means that the partner has lost its core
+constexpr int stalls_allowed = 1;           // in one call
+constexpr microseconds shortest_retreat{5000}, longest_retreat{320000};
+
+// When the machine is shared, a barrier per step waits for the scheduler's time slices, and two threads are slower than
+// one. So a call that stalled makes those of the next while run on one thread; the while doubles as long as it goes on.
+std::atomic<int> stalls{0};
+std::atomic<int64_t> retreat_until{0};  // in the clock's microseconds; 0: no retreat
+std::atomic<int64_t> retreat_length{shortest_retreat.count()};
+
+int64_t now_us() { return std::chrono::duration_cast<microseconds>(Clock::now().time_since_epoch()).count(); }
+
+bool retreating() {
+  int64_t until = retreat_until.load(std::memory_order_relaxed);
+  if (until == 0) return false;
+  if (now_us() < until) return true;
+  retreat_until.store(0, std::memory_order_relaxed);
+  return false;
+}
+
+void judge_call() {
+  int64_t length = retreat_length.load(std::memory_order_relaxed);
+  if (stalls.exchange(0, std::memory_order_relaxed) > stalls_allowed) {
+    retreat_until.store(now_us() + length, std::memory_order_relaxed);
+    retreat_length.store(std::min<int64_t>(2 * length, longest_retreat.count()), std::memory_order_relaxed);
+  } else if (length != shortest_retreat.count()) {
+    retreat_length.store(shortest_retreat.count(), std::memory_order_relaxed);
+  }
+}
 
 inline void relax() {
 #if defined(__x86_64__)
@@ -38,12 +71,13 @@ inline void relax() {
 // Spins until done() holds; yields the core at once when `yields`, else only after a while.
 template <class Done>
 void spin_until(bool yields, Done done) {
-  for (int i = 0; !done(); ++i) {
-    if (yields || i >= spins_before_yield)
-      sched_yield();
-    else
-      relax();
+  for (int i = yields ? spins_before_yield : 0; i < spins_before_yield; ++i) {
+    if (done()) return;
+    relax();
   }
+  const auto start = Clock::now();
+  while (!done()) sched_yield();
+  if (!yields && Clock::now() - start > stall) stalls.fetch_add(1, std::memory_order_relaxed);
 }
 
 struct alignas(64) Worker {
@@ -92,14 +126,14 @@ class Pool {
   void serve(int rank) {
     Worker& w = *workers_[rank - 1];
     for (uint64_t seen = 0;;) {
-      auto until = std::chrono::steady_clock::now() + spin_window;
+      auto until = Clock::now() + spin_window;
       bool fresh = false;
       do {
         for (int i = 0; i < 64 && !fresh; ++i) {
           fresh = w.ticket.load(std::memory_order_acquire) != seen;
           if (!fresh) relax();
         }
-      } while (!fresh && std::chrono::steady_clock::now() < until);
+      } while (!fresh && Clock::now() < until);
       if (!fresh) {
         std::unique_lock<std::mutex> lock(w.mutex);
         w.parked.store(true);
@@ -213,7 +247,7 @@ void set_local_threads(int n) { thread_threads = n; }
 int wanted_threads() { return thread_threads > 0 ? thread_threads : default_threads(); }
 
 Lease::Lease(int wanted) : size_(1) {
-  if (wanted > 1 && pool().try_lock()) {
+  if (wanted > 1 && !retreating() && pool().try_lock()) {
     size_ = pool().grow(wanted);
     if (size_ > wanted) size_ = wanted;
     if (size_ == 1) pool().unlock();
@@ -221,7 +255,9 @@ Lease::Lease(int wanted) : size_(1) {
 }
 
 Lease::~Lease() {
-  if (size_ > 1) pool().unlock();
+  if (size_ == 1) return;
+  judge_call();
+  pool().unlock();
 }
 
 void Lease::run(int threads, const std::function<void(int)>& work) {

@@ -10,9 +10,7 @@ lstm, gru, rnn and their `_forward`, `_backward` and `_cell`. `fusedrnn.referenc
 plain NumPy: the maths, spelt out.
 """
 
-from typing import Any
-
-from . import reference
+from . import _core, reference
 from ._clip import clip_grad_norm
 from ._frozen import Frozen, Stream
 from ._functional import (
@@ -42,10 +40,5 @@ __all__ = [
     "clip_grad_norm", "get_num_threads", "num_threads", "reference", "set_num_threads", "show_config",
 ]  # fmt: skip
 
-
-def __getattr__(name: str) -> Any:
-    if name == "__version__":  # looked up when asked for: reading package metadata is slow
-        from importlib.metadata import version
-
-        return version("fusedrnn")
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+_core.isa()  # so that a wrong FUSEDRNN_ISA is an error now, and not in the first call
+__version__: str = _core.build_info()["version"]

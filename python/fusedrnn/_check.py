@@ -74,11 +74,6 @@ def ready(value: Array) -> Array:
     return value if value.flags.num & _READY == _READY else np.array(value, order="C")
 
 
-def aligned(value: Array) -> Array:
-    """`value` itself unless a kernel would fault on its addresses."""
-    return value if value.flags.aligned else np.array(value)
-
-
 def lengths(where: str, value: Any, steps: int, shape: tuple[int, ...]) -> Array:
     """An int64 copy of `value`, (B,), which nobody can change between this check and the kernel."""
     if not isinstance(value, (ndarray, list, tuple, int, np.integer)):
@@ -186,9 +181,9 @@ def probability(where: str, name: str, value: Any) -> float:
 
 
 def float_dtype(where: str, value: Any) -> np.dtype[Any]:
-    dtype = None if value is None else np.dtype(value)  # numpy takes None for float64
-    if dtype not in (_FLOAT32, _FLOAT64):
-        raise TypeError(f"{where}: dtype must be float32 or float64, got {dtype}")
+    dtype = np.dtype(value)
+    if value is None or (dtype != _FLOAT32 and dtype != _FLOAT64):  # numpy takes None for float64
+        raise TypeError(f"{where}: dtype must be float32 or float64, got {value if value is None else dtype}")
     return _FLOAT32 if dtype == _FLOAT32 else _FLOAT64
 
 

@@ -180,7 +180,7 @@ def lstm_forward(
     *,
     out: Array | None = None,
 ) -> tuple[Array, Array, Array, Tape]:
-    """`lstm` for training: (y, h_n, c_n, tape). x and the weights must not change before the backward pass."""
+    """`lstm` for training: (y, h_n, c_n, tape). x and the weights must not change before backward."""
     return _LSTM.run("lstm", x, (w_ih, w_hh, b_ih, b_hh), (h0, c0), lengths, reverse, out, True)
 
 
@@ -234,7 +234,7 @@ def lstm_cell(
     b_ih: MaybeArray = None,
     b_hh: MaybeArray = None,
 ) -> tuple[Array, Array]:
-    """One LSTM step: x_t (B, I), h and c (B, H), or (I,) and (H,), to the next (h, c); all else as in `lstm`."""
+    """One LSTM step: x_t (B, I), h and c (B, H), or (I,) and (H,), to the next (h, c). See `lstm`."""
     return _LSTM.step("lstm", x_t, (w_ih, w_hh, b_ih, b_hh), (h, c))
 
 
@@ -272,7 +272,7 @@ def gru_forward(
     reset_after: bool = True,
     out: Array | None = None,
 ) -> tuple[Array, Array, Tape]:
-    """`gru` for training: (y, h_n, tape). x and the weights must not change before the backward pass."""
+    """`gru` for training: (y, h_n, tape). x and the weights must not change before backward."""
     return _GRU.run(_gru_name(reset_after), x, (w_ih, w_hh, b_ih, b_hh), (h0,), lengths, reverse, out, True)
 
 
@@ -299,7 +299,7 @@ def gru_cell(
     *,
     reset_after: bool = True,
 ) -> Array:
-    """One GRU step: x_t (B, I) and h (B, H), or (I,) and (H,), to the next h; all else as in `gru`."""
+    """One GRU step: x_t (B, I) and h (B, H), or (I,) and (H,), to the next h. See `gru`."""
     (h,) = _GRU.step(_gru_name(reset_after), x_t, (w_ih, w_hh, b_ih, b_hh), (h,))
     return h
 
@@ -337,7 +337,7 @@ def rnn_forward(
     nonlinearity: Literal["tanh", "relu"] = "tanh",
     out: Array | None = None,
 ) -> tuple[Array, Array, Tape]:
-    """`rnn` for training: (y, h_n, tape). x and the weights must not change before the backward pass."""
+    """`rnn` for training: (y, h_n, tape). x and the weights must not change before backward."""
     return _RNN.run(_rnn_name(nonlinearity), x, (w_ih, w_hh, b_ih, b_hh), (h0,), lengths, reverse, out, True)
 
 
@@ -364,6 +364,6 @@ def rnn_cell(
     *,
     nonlinearity: Literal["tanh", "relu"] = "tanh",
 ) -> Array:
-    """One RNN step: x_t (B, I) and h (B, H), or (I,) and (H,), to the next h; all else as in `rnn`."""
+    """One RNN step: x_t (B, I) and h (B, H), or (I,) and (H,), to the next h. See `rnn`."""
     (h,) = _RNN.step(_rnn_name(nonlinearity), x_t, (w_ih, w_hh, b_ih, b_hh), (h,))
     return h

@@ -1,4 +1,4 @@
-"""The layers: parameters, and the passes over them. What a cell computes stands in C++ and in reference.py."""
+"""The layers: parameters, and the passes over them. What a cell computes stands in reference.py and C++."""
 
 from __future__ import annotations
 

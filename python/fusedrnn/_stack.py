@@ -28,7 +28,7 @@ G = TypeVar("G", bound=Grads[Any])
 
 
 class Stack:
-    """Keeps no weights and no state, so threads can share it. A layer has its own, and knows its tapes by it."""
+    """Keeps no weights and no state, so threads can share it. A layer knows its tapes by its own."""
 
     __slots__ = (
         "batch_first", "dtype", "functional", "hidden", "inputs", "layout",
@@ -97,7 +97,7 @@ class Stack:
         kernel_tape = _core.forward(
             self.spec,
             weights,
-            _check.aligned(x),
+            x,
             kernel_states,
             lengths,
             self._time_major(y, batched),
@@ -135,7 +135,7 @@ class Stack:
         if dy is not None:
             y_shape = self._caller_shape(steps, batch, self.width, batched)
             dy = _check.shaped(where, "dy", dy, self.dtype, y_shape)
-            dy = _check.aligned(self._time_major(dy, batched))
+            dy = self._time_major(dy, batched)
         dstates = self.kernel_states(_FINAL_GRADS, dstates, batch, batched)
         if dy is None and dstates is None:
             raise ValueError(f"{where}: dy or a gradient of the final state must be given, got None for all")
@@ -155,7 +155,7 @@ class Stack:
             self.spec,
             tuple([_check.ready(w) for w in tape._weights]),
             kernel_tape,
-            _check.aligned(x),
+            x,
             dy,
             dstates,
             self._time_major(grads.x, batched) if want_x else None,

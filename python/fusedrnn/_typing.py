@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from typing import Any, Literal, TypeAlias, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -13,7 +13,7 @@ Array: TypeAlias = npt.NDArray[Any]
 #: What goes in: one of the two dtypes that the kernels know.
 FloatArray: TypeAlias = npt.NDArray[np.float32] | npt.NDArray[np.float64]
 Lengths: TypeAlias = npt.NDArray[np.integer[Any]] | Sequence[int] | int
-Wrt: TypeAlias = Collection[Literal["x", "state", "params"]]
+Wrt: TypeAlias = Collection[str]  # of "x", "state", "params"
 
 #: A state that goes in: h, or (h, c) of an LSTM; None means zeros.
 StateLike: TypeAlias = FloatArray | tuple[FloatArray | None, FloatArray | None] | None

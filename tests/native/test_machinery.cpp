@@ -1,0 +1,185 @@
+// Memory, threads, barrier and fork: what the sequence loops stand on.
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include <chrono>
+#include <memory>
+#include <new>
+#include <stdexcept>
+#include <thread>
+
+#include "cpu/dispatch.h"
+#include "cpu/threads.h"
+#include "problem.h"
+
+// fork() with threads alive is what is tested, and memory that cannot be had is an exception, not the end.
+extern "C" const char* __tsan_default_options() { return "die_after_fork=0:allocator_may_return_null=1"; }
+extern "C" const char* __asan_default_options() { return "allocator_may_return_null=1"; }
+
+namespace fusedrnn::tests {
+namespace {
+
+template <class Error, class Work>
+bool throws(Work work) {
+  try {
+    work();
+  } catch (const Error&) {
+    return true;
+  }
+  return false;
+}
+
+void test_memory() {
+  const void* first;
+  {
+    const Buffer buffer(12345);
+    first = buffer.data();
+    check(buffer.bytes() == 12345 && uintptr_t(first) % 64 == 0, "a buffer is aligned to a line");
+  }
+  {
+    Buffer again(12345), other(12345);
+    check(again.data() == first && other.data() != first, "a freed buffer is taken again, once");
+    Buffer moved(std::move(again));
+    other = std::move(moved);
+    check(other.data() == first, "moving keeps the memory");
+  }
+  {
+    const Buffer large(size_t(5) << 20);
+    check(uintptr_t(large.data()) % (size_t(2) << 20) == 0, "a large buffer is aligned to a huge page");
+  }
+  for (int i = 0; i < 40; ++i) Buffer(size_t(i + 1) << 12);  // more sizes than are kept
+  check(throws<std::bad_alloc>([] { Buffer(SIZE_MAX - 8); }) && throws<std::bad_alloc>([] { Buffer(SIZE_MAX / 4); }),
+        "memory that cannot be had is bad_alloc");
+  check(checked_product({3, 0, 5}) == 0 && checked_product({int64_t(1) << 31, int64_t(1) << 31}) == size_t(1) << 62 &&
+            throws<std::length_error>([] { checked_product({int64_t(1) << 32, int64_t(1) << 31}); }) &&
+            throws<std::length_error>([] { checked_product({2, -1}); }),
+        "checked_product");
+  Arena arena;
+  double *a = nullptr, *none = nullptr;
+  float* b = nullptr;
+  arena.want(&a, {5, 3});
+  arena.want(&none, {0, 3});
+  arena.want(&b, {7}, 2);
+  arena.allocate();
+  check(uintptr_t(a) % 64 == 0 && uintptr_t(b) % 64 == 0 && reinterpret_cast<double*>(b) >= a + 15 && none &&
+            arena.bytes() >= 15 * 8 + 9 * 4,
+        "an arena's arrays are aligned and apart");
+  check(throws<std::length_error>([&] { arena.want(&a, {int64_t(1) << 62}); }), "an arena's size cannot overflow");
+}
+
+// Many short runs with barriers inside, by teams of changing size, some after the workers have parked. On a crowded
+// machine the pool holds back for a while after a run that stalled, and a caller is alone.
+void test_pool() {
+  bool all_ran = true;
+  std::atomic<bool> in_step{true};
+  int teams[5] = {};
+  for (int i = 0; i < 3000; ++i) {
+    const int wanted = 1 + i % 4;
+    if (i % 500 == 0) std::this_thread::sleep_for(std::chrono::milliseconds(2));
+    Lease lease(wanted);
+    const int size = lease.size();
+    if (!check(size == wanted || size == 1, "a free pool gives what is asked for or nothing")) break;
+    if (size != wanted) std::this_thread::sleep_for(std::chrono::milliseconds(1));
+    ++teams[size];
+    Barrier barrier;
+    barrier.reset(size, lease.crowded());
+    std::vector<int> turns(size, 0);  // each written by its own rank, read by all
+    std::vector<std::atomic<int>> runs(size);
+    lease.run(size, [&](int rank) {
+      ++runs[rank];
+      for (int turn = 1; turn <= 3; ++turn) {
+        turns[rank] = turn;
+        barrier.wait();
+        for (int t : turns)
+          if (t != turn) in_step = false;
+        barrier.wait();
+      }
+    });
+    for (const auto& n : runs) all_ran = all_ran && n == 1;
+  }
+  check(all_ran, "every rank runs once");
+  check(in_step, "nobody passes the barrier early");
+  check(teams[2] > 0 && teams[3] > 0 && teams[4] > 0, "the pool serves teams of every size");
+}
+
+// A lease of two threads, as soon as the pool does not hold back.
+std::unique_ptr<Lease> lease_two() {
+  auto lease = std::make_unique<Lease>(2);
+  for (int i = 0; i < 2000 && lease->size() != 2; ++i) {
+    lease.reset();
+    std::this_thread::sleep_for(std::chrono::milliseconds(1));
+    lease = std::make_unique<Lease>(2);
+  }
+  return lease;
+}
+
+// The shape's work is worth several threads, so that callers do compete for the pool.
+const Shape busy_shape{1, 6, 13, 11, 45, 2, 2};
+
+void test_concurrent_callers() {
+  const Problem<float> problem(busy_shape);
+  const Arrays<float> want = forward(problem);
+  {
+    const auto lease = lease_two();
+    const Lease second(2);
+    check(lease->size() == 2 && second.size() == 1, "a caller that finds the pool busy is alone");
+    set_local_threads(3);
+    check(same_bits(want, forward(problem)), "a caller that finds the pool busy gets the same bits");
+    set_local_threads(0);
+  }
+  std::vector<std::thread> callers;
+  for (int n = 0; n < 4; ++n)
+    callers.emplace_back([&] {
+      Problem<float> own = problem;
+      set_local_threads(3);
+      const Arrays<float> trained = train(own);
+      for (int i = 0; i < 8; ++i)
+        check(same_bits(want, forward(own)) && same_bits(trained, train(own)), "concurrent callers get the same bits");
+    });
+  for (std::thread& t : callers) t.join();
+}
+
+void test_fork() {
+  Problem<float> problem(busy_shape);
+  set_local_threads(2);
+  const Arrays<float> want = train(problem);  // the pool has threads now
+  for (int i = 0; i < 3; ++i) {
+    const pid_t child = fork();
+    if (child == 0) {
+      alarm(60);
+      _exit(same_bits(want, train(problem)) ? 0 : 1);
+    }
+    int status = -1;
+    check(child > 0 && waitpid(child, &status, 0) == child && WIFEXITED(status) && WEXITSTATUS(status) == 0,
+          "a forked child computes the same with threads of its own");
+    check(same_bits(want, train(problem)), "the parent goes on after a fork");
+  }
+  set_local_threads(0);
+}
+
+void test_settings() {
+  check(available_threads() >= 1 && default_threads() >= 1, "there is a thread");
+  const int before = default_threads();
+  set_default_threads(5);
+  check(default_threads() == 5 && wanted_threads() == 5, "the default number of threads");
+  set_local_threads(2);
+  std::thread([] { check(wanted_threads() == 5, "a thread's own number is its own"); }).join();
+  check(wanted_threads() == 2 && local_threads() == 2, "a thread's own number goes before the default");
+  set_local_threads(0);
+  set_default_threads(before);
+  bool found = false;
+  for (const std::string& name : available_isas()) found = found || name == isa();
+  check(found && compiled_isas().size() >= available_isas().size(), "the ISA in use is one that the CPU has");
+}
+
+}  // namespace
+
+void test_machinery() {
+  test_memory();
+  test_settings();
+  test_pool();
+  test_concurrent_callers();
+  test_fork();
+}
+
+}  // namespace fusedrnn::tests

@@ -1,0 +1,318 @@
+"""Kernels against the reference, under the bound of bound.py, and against their own finite differences."""
+
+import numpy as np
+import pytest
+from bound import (
+    OFFERED, Case, as_tuple, assert_same_bits, assert_within_bound, draw, named, run, run_function,
+    run_reference,
+)  # fmt: skip
+from hypothesis import given, settings, strategies as st
+from test_reference import assert_gradients, products
+
+import fusedrnn as fr
+
+every_cell = pytest.mark.parametrize("cell", OFFERED)
+every_dtype = pytest.mark.parametrize("dtype", ["float32", "float64"])
+every_lengths = pytest.mark.parametrize("ragged", [False, True], ids=["full", "lengths"])
+every_bias = pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
+
+# Around the vectors' 2 to 16 lanes and two blocks of them; around the tiles' 1 to 8 rows
+WIDTHS = st.sampled_from([1, 2, 3, 4, 5, 7, 8, 9, 12, 15, 16, 17, 31, 32, 33, 48, 63, 65, 70])
+ROWS = st.sampled_from([0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 11, 13, 17, 25])
+STEPS = st.sampled_from([0, 1, 2, 3, 5, 8])
+
+
+def cases(cell, dtype, layers=(1, 2, 3), directions=(1, 2)):
+    return st.builds(
+        Case, st.just(cell), st.just(dtype), STEPS, ROWS, WIDTHS, WIDTHS, st.sampled_from(layers),
+        st.sampled_from(directions), st.booleans(), st.booleans(),
+        st.sampled_from(["given", "zeros", "h", "c"]), st.sampled_from(["both", "y", "state"]), st.just(0.0),
+        st.booleans(), st.integers(0, 2**32 - 1),
+    )  # fmt: skip
+
+
+def drawn(n):
+    return settings(max_examples=n, derandomize=True, deadline=None, database=None)
+
+
+# --- Against the reference ----------------------------------------------------------------------------------
+
+
+@every_cell
+@every_dtype
+def test_stacks(cell, dtype):
+    @drawn(60)
+    @given(cases(cell, dtype), st.integers(1, 4))
+    def check(case, threads):
+        call = draw(case)
+        with fr.num_threads(threads):
+            got = run(call)
+        assert_within_bound(got, run_reference(call), case)
+
+    check()
+
+
+@every_cell
+@every_dtype
+def test_functional_forms_in_both_directions(cell, dtype):
+    @drawn(30)
+    @given(cases(cell, dtype, (1,), (1,)), st.booleans())
+    def check(case, reverse):
+        case = case._replace(batch_first=False)
+        call = draw(case)
+        got, want = (run_function(module, case, call, reverse) for module in (fr, fr.reference))
+        assert_within_bound(got, want, case)
+
+    check()
+
+
+@every_cell
+@every_dtype
+@pytest.mark.parametrize(
+    "sizes", [(4, 6, 37, 257, 1, 1), (3, 70, 300, 200, 1, 2), (2, 3, 1, 301, 2, 1), (30, 1, 96, 224, 1, 1)]
+)
+def test_larger_layers(cell, dtype, sizes):
+    case = Case(cell, dtype, *sizes, ragged=sizes[1] > 6, seed=2)
+    call = draw(case)
+    with fr.num_threads(2):
+        assert_within_bound(run(call), run_reference(call), case)
+
+
+@every_cell
+@every_dtype
+@pytest.mark.parametrize("T, B", [(17, 241), (32, 128), (96, 129)])  # a row above a block; a block; three
+@every_lengths
+def test_reductions_over_many_rows_and_their_accumulation(cell, dtype, T, B, ragged):
+    case = Case(cell, dtype, T, B, 3, 9, ragged=ragged, state="zeros", given="y")
+    call = draw(case)
+    layer, want = call.layer, run_reference(call)
+    assert_within_bound(run(call), want, case)
+
+    # The gradients of dy and of 2 dy, added up, are three times those of dy.
+    y, final, tape = layer.forward(call.x, lengths=call.lengths)
+    grads = layer.backward(tape, call.dy, retain=True)
+    kept = grads.x, grads.flat
+    assert layer.backward(tape, 2 * call.dy, accumulate_into=grads) is grads
+    assert (grads.x is kept[0], grads.flat is kept[1]) == (True, True)
+    got = named(y, final, grads.x, grads.state, dict(grads.params))
+    tripled = {k: a if k in ("y", "h_n", "c_n") else 3 * a for k, a in want.items()}
+    assert_within_bound(got, tripled, case, backwards=5)  # 1 + 2 * 2 in squares
+
+
+@every_cell
+@every_lengths
+def test_accumulation_adds_to_every_gradient_of_a_stack(cell, ragged):
+    case = Case(cell, "float32", 5, 6, 7, 19, 2, 2, ragged=ragged)
+    first, second = draw(case), draw(case._replace(seed=1))
+    layer, want = first.layer, run_reference(first)
+    _, _, tape = layer.forward(first.x, first.state, first.lengths)
+    grads = layer.backward(tape, first.dy, first.dstate)
+    second = second._replace(layer=layer)
+    y, final, tape = layer.forward(second.x, second.state, second.lengths)
+    layer.backward(tape, second.dy, second.dstate, accumulate_into=grads)
+    got = named(y, final, grads.x, grads.state, dict(grads.params))
+    added = {k: a if k in ("y", "h_n", "c_n") else a + want[k] for k, a in run_reference(second).items()}
+    assert_within_bound(got, added, case, backwards=2)
+
+
+@every_cell
+@every_lengths
+@pytest.mark.parametrize("L, D", [(1, 1), (2, 2)])
+def test_gradients_left_out_change_no_other(cell, ragged, L, D):
+    call = draw(Case(cell, "float32", 6, 7, 5, 19, L, D, ragged=ragged))
+    layer = call.layer
+    _, _, tape = layer.forward(call.x, call.state, call.lengths)
+    full = layer.backward(tape, call.dy, call.dstate, retain=True)
+    want = {"x": full.x, "state": full.state, "params": full.flat}
+    for wrt in (("x",), ("state",), ("params",), ("x", "state"), ("state", "params")):
+        some = layer.backward(tape, call.dy, call.dstate, wrt=wrt, retain=True)
+        held = {"x": some.x, "state": some.state, "params": some.flat}
+        assert [name for name, a in held.items() if a is not None] == list(wrt)
+        for name in wrt:
+            got, expected = (dict(enumerate(as_tuple(of[name]))) for of in (held, want))
+            assert_same_bits(got, expected)
+
+
+# --- Gradients by finite differences through the kernels ----------------------------------------------------
+
+
+@every_cell
+@every_lengths
+@every_bias
+@pytest.mark.parametrize("reverse", [False, True], ids=["forwards", "reverse"])
+def test_gradients_of_functional_forms(cell, ragged, bias, reverse):
+    case = Case(cell, bias=bias, ragged=ragged, seed=5)
+    call = draw(case)
+    _, options, name = OFFERED[cell]
+    forward, backward = getattr(fr, f"{name}_forward"), getattr(fr, f"{name}_backward")
+    weights = tuple(call.layer.params.values())
+    states, dstates = (tuple(s[0] for s in as_tuple(given)) for given in (call.state, call.dstate))
+
+    def compute(x, *rest):
+        p, s = (*rest[: len(weights)], None, None)[:4], rest[len(weights) :]
+        state = dict(zip(("h0", "c0"), s, strict=False))
+        return forward(x, *p, **state, lengths=call.lengths, reverse=reverse, **options)
+
+    arrays = [call.x, *weights, *states]
+    grads = backward(compute(*arrays)[-1], call.dy, *dstates)
+    of_weights = [getattr(grads, k) for k in ("w_ih", "w_hh", "b_ih", "b_hh")[: len(weights)]]
+    assert_gradients(
+        lambda *a: products(compute(*a)[:-1], (call.dy, *dstates)),
+        arrays, [grads.x, *of_weights, *(grads.h0, grads.c0)[: len(states)]], case.T * (case.I + case.H + 20),
+    )  # fmt: skip
+
+
+@every_cell
+@every_lengths
+@every_bias
+@pytest.mark.parametrize("L, D, dropout", [(1, 2, 0.0), (3, 1, 0.0), (2, 2, 0.0), (3, 1, 0.4), (2, 2, 0.4)])
+def test_gradients_of_stacks(cell, ragged, bias, L, D, dropout):
+    case = Case(cell, L=L, D=D, bias=bias, ragged=ragged, dropout=dropout, seed=7)
+    call = draw(case)
+    layer, flat = call.layer, call.layer.flat_params.copy()
+
+    def compute(x, flat, *states):
+        layer.flat_params[:] = flat
+        return layer.forward(x, states if len(states) > 1 else states[0], call.lengths, seed=3)
+
+    def terms(*arrays):
+        y, final, _ = compute(*arrays)
+        return products((y, *as_tuple(final)), (call.dy, *as_tuple(call.dstate)))
+
+    arrays = [call.x, flat, *as_tuple(call.state)]
+    grads = layer.backward(compute(*arrays)[-1], call.dy, call.dstate)
+    roundings = L * case.T * (case.I + (D + 1) * case.H + 20)
+    assert_gradients(terms, arrays, [grads.x, grads.flat, *as_tuple(grads.state)], roundings)
+
+
+# --- Padding, NaN and Inf -----------------------------------------------------------------------------------
+
+
+def padding(call):
+    """(T, B), True beyond each sequence's end."""
+    return np.arange(call.x.shape[0])[:, None] >= np.asarray(call.lengths)
+
+
+@every_cell
+@every_dtype
+@pytest.mark.parametrize("L, D", [(1, 1), (2, 2)])
+def test_padding_is_never_read(cell, dtype, L, D):
+    call = draw(Case(cell, dtype, 7, 9, 5, 21, L, D, ragged=True))
+    past = padding(call)
+    results = []
+    for filler in (0.0, np.nan, np.inf):
+        call.x[past] = call.dy[past] = filler
+        results.append(run(call))
+    assert all(np.isfinite(a).all() for a in results[0].values())
+    assert past.any() and not results[0]["y"][past].any() and not results[0]["dx"][past].any()
+    for other in results[1:]:
+        assert_same_bits(other, results[0])
+
+
+@every_cell
+@every_lengths
+def test_accumulation_leaves_the_padding_of_dx(cell, ragged):
+    call = draw(Case(cell, "float32", 6, 5, 4, 17, ragged=ragged))
+    _, _, tape = call.layer.forward(call.x, call.state, call.lengths)
+    grads = call.layer.backward(tape, call.dy, retain=True)
+    once = grads.x.copy()
+    past = padding(call) if ragged else np.zeros(call.x.shape[:2], bool)
+    grads.x[past] = 5
+    call.layer.backward(tape, call.dy, accumulate_into=grads)
+    assert (grads.x[past] == 5).all()
+    np.testing.assert_array_equal(grads.x[~past], 2 * once[~past])
+
+
+@every_cell
+@every_dtype
+@every_lengths
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("where", ["x", "state"])
+def test_nan_and_inf_flow_as_in_the_equations_and_into_no_other_sequence(cell, dtype, ragged, bad, where):
+    case = Case(cell, dtype, 6, 5, 7, 19, L=2, ragged=ragged)
+    call = draw(case)
+    b = int(np.argmax(call.lengths)) if ragged else 2
+    clean = run(call)
+    if where == "x":
+        call.x[2, b, 3] = bad
+    else:
+        as_tuple(call.state)[0][0, b, 4] = bad
+    got = run(call)
+    with np.errstate(all="ignore"):
+        want = run_reference(call)
+    for name in ("y", "h_n", *(["c_n"] if cell == "lstm" else [])):
+        for test in (np.isnan, np.isposinf, np.isneginf):
+            np.testing.assert_array_equal(test(got[name]), test(want[name]), err_msg=name)
+    others = np.arange(5) != b
+    for name in ("y", "h_n", "dx", "dh0", *(["c_n", "dc0"] if cell == "lstm" else [])):
+        assert_same_bits({name: got[name][:, others]}, {name: clean[name][:, others]})
+    if np.isnan(bad):
+        name, unit = ("weight_ih_l0", 3) if where == "x" else ("weight_hh_l0", 4)
+        assert np.isnan(got[name][:, unit]).any() and not np.isnan(clean[name]).any()
+
+
+# --- Layouts of the caller's arrays -------------------------------------------------------------------------
+
+
+def gaps(a):
+    wide = np.full((*a.shape[:-1], 3 * a.shape[-1]), np.nan, a.dtype)
+    wide[..., 1::3] = a
+    return wide[..., 1::3]
+
+
+def read_only(a):
+    copy = a.copy()
+    copy.flags.writeable = False
+    return copy
+
+
+def reversed_strides(a):
+    return a[::-1, ::-1, ::-1].copy()[::-1, ::-1, ::-1]
+
+
+def batch_major(a):
+    return a.swapaxes(0, 1).copy().swapaxes(0, 1)
+
+
+def row_padded(a):
+    wide = np.full((a.shape[0], a.shape[1] + 2, a.shape[2] + 5), np.nan, a.dtype)
+    wide[:, 1:-1, 2:-3] = a
+    return wide[:, 1:-1, 2:-3]
+
+
+@every_cell
+@every_dtype
+@every_lengths
+@pytest.mark.parametrize(
+    "lay_out", [gaps, read_only, reversed_strides, np.asfortranarray, batch_major, row_padded]
+)
+def test_layouts_change_no_bit(cell, dtype, ragged, lay_out):
+    call = draw(Case(cell, dtype, 5, 6, 7, 18, L=2, D=2, ragged=ragged))
+    laid_out = call._replace(x=lay_out(call.x), dy=lay_out(call.dy), state=as_given(lay_out, call.state),
+                             dstate=as_given(lay_out, call.dstate))  # fmt: skip
+    assert_same_bits(run(laid_out), run(call))
+
+
+def as_given(lay_out, state):
+    return tuple(map(lay_out, state)) if isinstance(state, tuple) else lay_out(state)
+
+
+@every_cell
+@every_lengths
+def test_one_step_or_sequence_repeated_by_zero_strides(cell, ragged):
+    call = draw(Case(cell, "float32", 5, 6, 7, 18, ragged=ragged))
+    for x in (call.x[:1], call.x[:, :1]):
+        repeated = np.broadcast_to(x, call.x.shape)
+        dy = np.broadcast_to(call.dy[:1, :1], call.dy.shape)
+        got = run(call._replace(x=repeated, dy=dy))
+        assert_same_bits(got, run(call._replace(x=repeated.copy(), dy=dy.copy())))
+
+
+@every_cell
+@every_dtype
+@every_lengths
+def test_batch_first_is_time_major_transposed(cell, dtype, ragged):
+    case = Case(cell, dtype, 6, 5, 7, 18, L=2, D=2, ragged=ragged)
+    major, first = run(draw(case)), run(draw(case._replace(batch_first=True)))
+    swapped = {k: a.swapaxes(0, 1) if k in ("y", "dx") else a for k, a in first.items()}
+    assert_same_bits(swapped, major)

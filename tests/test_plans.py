@@ -1,0 +1,84 @@
+"""Whatever a plan is overridden with, every result keeps its bits."""
+
+from contextlib import contextmanager
+from itertools import product
+
+import pytest
+from bound import OFFERED, Case, assert_same_bits, draw, run
+from hypothesis import given, settings, strategies as st
+
+import fusedrnn as fr
+from fusedrnn import _core
+
+every_dtype = pytest.mark.parametrize("dtype", ["float32", "float64"])
+
+
+@pytest.fixture(autouse=True, scope="module")
+def own_plans_again():
+    yield
+    _core.override_plan()
+
+
+@contextmanager
+def plan(row_threads=0, unit_threads=0, chunk_steps=0, chunk_rows=0):
+    _core.override_plan(row_threads, unit_threads, chunk_steps, chunk_rows)
+    try:
+        yield
+    finally:
+        _core.override_plan()
+
+
+# One thread is used below some 24 thousand products a step: B * gates * H * H is above that in all shapes.
+@pytest.mark.parametrize("cell", ["lstm", "gru_reset_before"])
+@every_dtype
+@pytest.mark.parametrize(
+    "shape", [(7, 13, 9, 70, False), (11, 5, 30, 53, True), (5, 40, 3, 37, True)], ids=["full", "few", "many"]
+)
+def test_every_plan_of_a_grid(cell, dtype, shape):
+    T, B, I, H, ragged = shape
+    call = draw(Case(cell, dtype, T, B, I, H, ragged=ragged))
+    with fr.num_threads(1):
+        want = run(call)
+    # chunk_steps acts on forward alone and chunk_rows on backward alone, so they need not be crossed.
+    chunks = [(1, B), (2, B + 1), (3, 2 * B), (T - 1, 3 * B + 1), (T, T * B), (0, 0)]
+    with fr.num_threads(9):
+        for row_threads, unit_threads, (chunk_steps, chunk_rows) in product((1, 2, 3), (1, 2, 3), chunks):
+            with plan(row_threads, unit_threads, chunk_steps, chunk_rows):
+                assert_same_bits(run(call), want)
+
+
+@pytest.mark.parametrize("cell", OFFERED)
+@every_dtype
+def test_drawn_plans(cell, dtype):
+    sizes = st.builds(
+        Case, st.just(cell), st.just(dtype), st.integers(1, 12), st.integers(6, 24), st.integers(1, 40),
+        st.integers(65, 100), st.integers(1, 2), st.integers(1, 2), st.booleans(), st.booleans(),
+        st.just("given"), st.just("both"), st.just(0.0), st.just(False), st.integers(0, 99),
+    )  # fmt: skip
+    plans = st.tuples(st.integers(0, 4), st.integers(0, 4), st.integers(0, 13), st.integers(0, 300))
+
+    @settings(max_examples=20, derandomize=True, deadline=None, database=None)
+    @given(sizes, plans, plans, st.integers(2, 6))
+    def check(case, first, second, threads):
+        call = draw(case)
+        with fr.num_threads(1):
+            want = run(call)
+        with fr.num_threads(threads):
+            for values in (first, second):
+                with plan(*values):
+                    assert_same_bits(run(call), want)
+
+    check()
+
+
+@pytest.mark.parametrize("cell", ["lstm", "gru_reset_before"])
+@every_dtype
+def test_chunks_of_backward_and_the_blocks_of_its_reductions(cell, dtype):
+    """Sums over more than 4096 rows, whose blocks a chunk may cut anywhere."""
+    call = draw(Case(cell, dtype, 75, 130, 5, 33, ragged=True, state="zeros", given="y"))
+    assert sum(call.lengths) > 4096
+    with fr.num_threads(1):
+        want = run(call)
+    for threads, chunk_rows in ((1, 130), (2, 131), (1, 1000), (3, 4095), (1, 4096), (2, 4097), (1, 9750)):
+        with fr.num_threads(threads), plan(chunk_rows=chunk_rows):
+            assert_same_bits(run(call), want)
