@@ -1,4 +1,4 @@
-"""What the kernel tests share: drawn calls, run through kernels and reference, and the bound on the difference:
+"""What the kernel tests share: drawn calls, run by kernels and reference, and the bound on the difference:
 
 ||got - want|| <= 4 (8 backward) * max(4, ceil(log2(K T))) * eps * max(||want||, s sqrt(n))
 
@@ -132,7 +132,7 @@ def run_reference(call: Call, masks: list[Array] | None = None) -> Named:
 
 
 def run_function(module: Any, case: Case, call: Call, reverse: bool) -> Named:
-    """The functional forms of fusedrnn, or of its reference, on the call's arrays: one layer, one direction."""
+    """The functional forms of fusedrnn or its reference on the call's arrays: one layer, one direction."""
     _, options, name = OFFERED[case.cell]
     weights = (*call.layer.params.values(), None, None)[:4]
     state = () if call.state is None else (None if s is None else s[0] for s in as_tuple(call.state))

@@ -80,7 +80,7 @@ def test_larger_layers(cell, dtype, sizes):
 
 @every_cell
 @every_dtype
-@pytest.mark.parametrize("T, B", [(17, 241), (32, 128), (96, 129)])  # a row above a block; a block; three
+@pytest.mark.parametrize("T, B", [(17, 241), (32, 128), (96, 129)])  # a block and a row; a block; over three
 @every_lengths
 def test_reductions_over_many_rows_and_their_accumulation(cell, dtype, T, B, ragged):
     case = Case(cell, dtype, T, B, 3, 9, ragged=ragged, state="zeros", given="y")

@@ -1,5 +1,4 @@
 // Threads, ISA, build and the machine's own limits.
-#include <atomic>
 #include <chrono>
 #include <cstring>
 
@@ -40,25 +39,17 @@ double stream_bandwidth(int threads, int64_t bytes) {
   py::gil_scoped_release release;
   Lease lease(threads);
   const int n = lease.size();
-  const int64_t words = std::max<int64_t>(bytes / 8 / 8 * 8, 8), rounds = std::max<int64_t>(1, (int64_t(32) << 20) / (words * 8));
+  const int64_t count = std::max<int64_t>(bytes / 4, 128), rounds = std::max<int64_t>(1, (int64_t(64) << 20) / (count * 4));
   std::vector<Buffer> buffers;
-  for (int i = 0; i < n; ++i) buffers.emplace_back(words * 8), memset(buffers[i].data(), 0, words * 8);
+  for (int i = 0; i < n; ++i) {
+    buffers.emplace_back(count * 4);
+    memset(buffers[i].data(), 0, count * 4);
+  }
   double best = 0;
-  std::atomic<uint64_t> sink{0};
   for (int attempt = 0; attempt < 8; ++attempt) {
     auto start = Clock::now();
-    lease.run(n, [&](int rank) {
-      typedef uint64_t Words __attribute__((vector_size(64), may_alias));
-      const Words* p = static_cast<const Words*>(buffers[rank].data());
-      Words sum[4] = {};
-      for (int64_t r = 0; r < rounds; ++r) {
-        for (int64_t i = 0; i + 4 <= words / 8; i += 4)
-          for (int k = 0; k < 4; ++k) sum[k] |= p[i + k];
-        asm volatile("" ::: "memory");  // read it again in the next round
-      }
-      sink += (sum[0] | sum[1] | sum[2] | sum[3])[0];
-    });
-    best = std::max(best, double(n) * double(words * 8) * double(rounds) / seconds_since(start) * 1e-9);
+    lease.run(n, [&](int rank) { kernels<float>().read(static_cast<const float*>(buffers[rank].data()), count, rounds); });
+    best = std::max(best, double(n) * double(count * 4) * double(rounds) / seconds_since(start) * 1e-9);
   }
   return best;
 }

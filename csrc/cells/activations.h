@@ -1,22 +1,23 @@
 // Sigmoid, tanh and relu, and their derivatives from their outputs, on the cells' value type V (cells/value.h).
 // No branches, no tables, no dependence on the flushing of denormals; at most 2 ulp wherever the result is normal.
 //
-// With 2h = x - n ln2, n an integer and s = 2^n, all follows from one small even function, C(h) = h coth h:
+// Both follow from one small even function, C(h) = h coth h, since exp(2h) = (C + h) / (C - h). With an integer n,
+// s = 2^n and h in a short interval around 0:
 //
-//     exp(2h) = (C + h) / (C - h)
-//     sigmoid(x) = (C + h) / ((C + h) + (C - h) / s)
-//     tanh(x)    = (s (C + h) - (C - h)) / (s (C + h) + (C - h))         with h = x - n ln2/2
+//     sigmoid(x) = (C + h) / ((C + h) + (C - h) / s)                  x = 2h + n ln2
+//     tanh(x)    = (s (C + h) - (C - h)) / (s (C + h) + (C - h))      x =  h + n ln2/2
 //
-// so the one division, which both need anyway, serves the exponential too, and h damps the error of C in exp(2h).
+// so the one division that each needs anyway serves the exponential too, and h damps the error of C in exp(2h).
 #pragma once
 
 #include "cells/value.h"
 
 namespace fusedrnn {
 
-// C(h) = 1 + c[0] h^2 + c[1] h^4 + ..., found by Remez exchange in 60 digits for the least relative error of h / C(h) on
-// |h| <= 0.75 ln2/2, the range of tanh: 0.43 * 2^-24 for float, 0.002 * 2^-53 for double. For float, sigmoid has its own
-// c, of exp(2h) on |h| <= ln2/4: 0.01 * 2^-24, then c[0] moved by 1.5e-6 of itself, where the worst of all floats is least.
+// C(h) = 1 + c(0) h^2 + c(1) h^4 + ..., found by Remez exchange in 60 digits for the least relative error of h / C(h)
+// on |h| <= 0.75 ln2/2, the range of tanh: 0.43 * 2^-24 for float, 0.002 * 2^-53 for double. For float, sigmoid has a
+// c of its own, for the least relative error of exp(2h) on |h| <= ln2/4: 0.01 * 2^-24; its c(0) was then moved by
+// 1.5e-6 of itself, where the greatest error over all floats is least.
 // log2e and half_ln2 = ln(2)/2 are in two parts; half_ln2 is so short that n * half_ln2 is exact.
 template <class T>
 struct ActivationConstants;
@@ -27,7 +28,9 @@ struct ActivationConstants<float> {
   static FUSEDRNN_HD constexpr double sigmoid_c(int k) {
     return k == 0 ? 0.33333233455969133264 * (1 + 1.5e-6) : -0.022126957298844295362;
   }
-  static FUSEDRNN_HD constexpr double tanh_c(int k) { return k == 0 ? 0.33332915267143201577 : -0.022023055873513864763; }
+  static FUSEDRNN_HD constexpr double tanh_c(int k) {
+    return k == 0 ? 0.33332915267143201577 : -0.022023055873513864763;
+  }
   static constexpr float log2e = 0x1.715476p+0f, log2e_low = 0x1.4ae0c0p-26f;
   static constexpr float half_ln2 = 0x1.62e4p-2f, half_ln2_low = 0x1.7f7d1cp-21f;
   static constexpr float sigmoid_min = -87.9f;  // n = -127: the denominator is Inf, the quotient 0
@@ -51,13 +54,13 @@ struct ActivationConstants<double> {
   static constexpr double tanh_max = 19.1;  // 1 - tanh < 2^-54
 };
 
-enum class Activation { sigmoid, tanh };
+enum class Sigmoidal { sigmoid, tanh };
 
-// The coefficient of h^2k in C(h); for sigmoid those of 2 log2(e) C as a function of f = 2h log2(e).
-template <class T, Activation activation>
+// The coefficient of h^2k in C(h); for sigmoid that of f^2k in 2 log2(e) C, f = 2h log2(e).
+template <class T, Sigmoidal function>
 FUSEDRNN_HD constexpr T even_coefficient(int k) {
   using A = ActivationConstants<T>;
-  if (activation == Activation::tanh) return k == 0 ? T(1) : T(A::tanh_c(k - 1));
+  if (function == Sigmoidal::tanh) return k == 0 ? T(1) : T(A::tanh_c(k - 1));
   const double unit = 2.0 * A::log2e;
   double value = k == 0 ? unit : unit * A::sigmoid_c(k - 1);
   for (int i = 0; i < k; ++i) value /= unit * unit;
@@ -65,14 +68,14 @@ FUSEDRNN_HD constexpr T even_coefficient(int k) {
 }
 
 // The terms k and above of C over u^k, u = h^2 or f^2, by Horner's rule.
-template <Activation activation, int k = 0, class V>
+template <Sigmoidal function, int k = 0, class V>
 FUSEDRNN_HD_INLINE V even_part(V u) {
   using T = typename V::value_type;
-  constexpr T coefficient = even_coefficient<T, activation>(k);
+  constexpr T coefficient = even_coefficient<T, function>(k);
   if constexpr (k == ActivationConstants<T>::terms) {
     return V(coefficient);
   } else {
-    return fma(even_part<activation, k + 1>(u), u, V(coefficient));
+    return fma(even_part<function, k + 1>(u), u, V(coefficient));
   }
 }
 
@@ -92,7 +95,7 @@ FUSEDRNN_HD_INLINE V sigmoid(V x) {
   } else {
     f = (x + n * V(2 * A::half_ln2) + n * V(2 * A::half_ln2_low)) * V(A::log2e);
   }
-  const V c = even_part<Activation::sigmoid>(f * f);
+  const V c = even_part<Sigmoidal::sigmoid>(f * f);
   const V numerator = c + f;
   const V twice = f + f;
   const V rest = numerator - twice;  // not c - f: what numerator was rounded by belongs to c, and is damped
@@ -110,7 +113,7 @@ FUSEDRNN_HD_INLINE V tanh(V x) {
   using A = ActivationConstants<T>;
   const V a = min(V(A::tanh_max), abs(x));
   // n = round(2a log2(e) - 1/4): rounding to nearest would cancel more in the numerator at the lower end of n = 1.
-  constexpr T magic = V::exponent_magic - 1;  // numerator and denominator are halved, which costs nothing: s/2
+  constexpr T magic = V::exponent_magic - 1;  // gives s/2: half the numerator and denominator need fewer additions
   const V z = fma(a, V(2 * A::log2e), V(T(-0.25))) + V(magic);
   const V n = z - V(magic);
   const V half_s = power_of_two(z);
@@ -120,7 +123,7 @@ FUSEDRNN_HD_INLINE V tanh(V x) {
   } else {
     h = a - n * V(A::half_ln2) - n * V(A::half_ln2_low);
   }
-  const V c = even_part<Activation::tanh>(h * h);
+  const V c = even_part<Sigmoidal::tanh>(h * h);
   const V numerator = fma(c + h, half_s - V(T(0.5)), h);
   return copysign(numerator / (numerator + (c - h)), x);
 }

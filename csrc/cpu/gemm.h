@@ -8,6 +8,8 @@
 // [K][NG * lanes] contiguous; a tile takes NB neighbouring blocks.
 #pragma once
 
+#include <utility>
+
 #include "cpu/simd.h"
 
 namespace fusedrnn::FUSEDRNN_TARGET {
@@ -132,24 +134,49 @@ struct Tiling {
   }
 };
 
+// Transposes the L x L matrix whose rows are v: each stage swaps the off-diagonal blocks of a size.
+template <class T, int size, int... j>
+FUSEDRNN_INLINE void swap_blocks(Vec<T>& a, Vec<T>& b, std::integer_sequence<int, j...>) {
+  constexpr int L = Vec<T>::lanes;
+  const auto low = a.r, high = b.r;
+  a.r = __builtin_shufflevector(low, high, (j / size % 2 == 0 ? j : L + j - size)...);
+  b.r = __builtin_shufflevector(low, high, (j / size % 2 == 0 ? j + size : L + j)...);
+}
+
+template <class T, int size = Vec<T>::lanes / 2>
+FUSEDRNN_INLINE void transpose(Vec<T>* v) {
+  constexpr int L = Vec<T>::lanes;
+#pragma GCC unroll 16
+  for (int i = 0; i < L; ++i)
+    if (i / size % 2 == 0) swap_blocks<T, size>(v[i], v[i + size], std::make_integer_sequence<int, L>{});
+  if constexpr (size > 1) transpose<T, size / 2>(v);
+}
+
 // Packs a forward panel. w is (gates*H, K) row-major; out is [blocks of H][K][count * lanes], distance `stride` apart:
 // lane l of slot s of block b at depth k is w[gate(s) * H + b * lanes + l][k], or 0 past H.
 template <class T>
 void pack_gates(const T* w, int64_t H, int64_t K, const int* gate, int count, int64_t b0, int64_t b1, T* out,
                 int64_t stride) {
-  constexpr int L = Vec<T>::lanes;
+  using V = Vec<T>;
+  constexpr int L = V::lanes;
   for (int64_t b = b0; b < b1; ++b) {
-    int width = int(H - b * L < L ? H - b * L : L);
-    for (int s = 0; s < count; ++s) {
-      const T* src = w + (gate[s] * H + b * L) * K;
-      T* dst = out + b * stride + s * L;
-      constexpr int64_t strip = 64 / sizeof(T);  // a cache line of every row at a time
-      for (int64_t k0 = 0; k0 < K; k0 += strip) {
-        int64_t k1 = k0 + strip < K ? k0 + strip : K;
-        for (int64_t k = k0; k < k1; ++k) {
-          T* d = dst + k * count * L;
-          for (int l = 0; l < width; ++l) d[l] = src[l * K + k];
-          for (int l = width; l < L; ++l) d[l] = T(0);
+    const int rows = int(H - b * L < L ? H - b * L : L);
+    for (int64_t k = 0; k < K; k += L) {
+      const int depth = int(K - k < L ? K - k : L);
+      for (int s = 0; s < count; ++s) {
+        const T* src = w + (gate[s] * H + b * L) * K + k;
+        T* dst = out + b * stride + k * count * L + s * L;
+        V v[L];
+        if (rows == L && depth == L) {
+#pragma GCC unroll 16
+          for (int l = 0; l < L; ++l) v[l] = V::load(src + l * K);
+          transpose<T>(v);
+#pragma GCC unroll 16
+          for (int l = 0; l < L; ++l) v[l].store(dst + l * count * L);
+        } else {
+          for (int l = 0; l < L; ++l) v[l] = l < rows ? V::load(src + l * K, depth) : V(T(0));
+          transpose<T>(v);
+          for (int l = 0; l < depth; ++l) v[l].store(dst + l * count * L);
         }
       }
     }

@@ -35,6 +35,10 @@ FUSEDRNN_INLINE void prefetch(const T* p, int64_t n) {
 FUSEDRNN_INLINE int64_t largest(int64_t a, int64_t b) { return a > b ? a : b; }
 FUSEDRNN_INLINE int64_t smallest(int64_t a, int64_t b) { return a < b ? a : b; }
 
+// The i-th of n panels at step s: every other step goes through them backwards, and finds in its cache what the step
+// before used last. In one direction, panels that exceed the cache by a little would miss it altogether.
+FUSEDRNN_INLINE int64_t there_and_back(int64_t i, int64_t n, int64_t s) { return s % 2 == 0 ? i : n - 1 - i; }
+
 // The share of a rank: rows [j0, j1) of the batch and blocks [b0, b1) of the hidden units.
 struct Share {
   int64_t j0, j1, b0, b1;
@@ -144,22 +148,22 @@ struct Forward {
   template <int p>
   void phase(int64_t s, int64_t c) const {
     constexpr Span span = Cell::recurrent[p];
-    int64_t rows = running(s) - share.j0;
-    if (rows == 0) return;
-    Tiling<T, span.count> tiling(rows, blocks);
+    if (running(s) == share.j0) return;
+    Tiling<T, span.count> tiling(running(s) - share.j0, blocks);
     Tile<T> t;
     t.k = a.H, t.segments = 1, t.a_stride = 1, t.a_segment = 0;
     t.b_block = a.hh_block[p], t.cin_block = t.cout_block = slots;
-    for (int64_t g = 0; g < tiling.block.pieces; ++g) {
+    for (int64_t n = 0; n < tiling.block.pieces; ++n) {
+      const int64_t g = there_and_back(n, tiling.block.pieces, s);
       int64_t b0 = share.b0 + tiling.block.begin(g), b1 = share.b0 + tiling.block.begin(g + 1);
       t.b = a.w_hh[p] + b0 * a.hh_block[p];
       for (int64_t i = 0; i < tiling.row.pieces; ++i) {
         int64_t j0 = share.j0 + tiling.row.begin(i);
-        int n = int(tiling.row.begin(i + 1) - tiling.row.begin(i));
-        if (g == 0 && share.barrier && i + 1 < tiling.row.pieces)  // the next rows, half of them from another core
-          for (int64_t j = j0 + n; j < share.j0 + tiling.row.begin(i + 2); ++j)
+        const int rows = int(tiling.row.begin(i + 1) - tiling.row.begin(i));
+        if (n == 0 && share.barrier && i + 1 < tiling.row.pieces)  // the next rows, half of them from another core
+          for (int64_t j = j0 + rows; j < share.j0 + tiling.row.begin(i + 2); ++j)
             prefetch<false>(p == 0 ? h_prev(s, j) : operand(s, j), a.H);
-        for (int r = 0; r < n; ++r) {
+        for (int r = 0; r < rows; ++r) {
           t.a[r] = p == 0 ? h_prev(s, j0 + r) : operand(s, j0 + r);
           t.cin[r] = t.cout[r] = slots_at(s, c, j0 + r) + (b0 - share.b0) * slots + span.first * L;
           if (p + 1 == Cell::phases) {
@@ -168,8 +172,8 @@ struct Forward {
             if (a.training) prefetch<true>(saved(s, j0 + r, b0), (b1 - b0) * L * Cell::saved);
           }
         }
-        run_tile<T, span.count>(n, int(b1 - b0), t);
-        for (int r = 0; r < n; ++r) {
+        run_tile<T, span.count>(rows, int(b1 - b0), t);
+        for (int r = 0; r < rows; ++r) {
           T* row = slots_at(s, c, j0 + r) + (b0 - share.b0) * slots;
           for (int64_t b = b0; b < b1; ++b, row += slots) {
             int width = block_width<T>(a.H, b);
@@ -313,13 +317,14 @@ struct Backward {
       if (j1 <= j0) continue;
       t.segments = part == 0 ? blocks : 0;
       Tiling<T, 1> tiling(j1 - j0, share.b1 - share.b0);
-      for (int64_t g = 0; g < tiling.block.pieces; ++g) {
+      for (int64_t k = 0; k < tiling.block.pieces; ++k) {
+        const int64_t g = there_and_back(k, tiling.block.pieces, s);
         int64_t b0 = share.b0 + tiling.block.begin(g), b1 = share.b0 + tiling.block.begin(g + 1);
         t.b = a.w_hh_t[p] + b0 * a.hh_block[p];
         for (int64_t i = 0; i < tiling.row.pieces; ++i) {
           int64_t j = j0 + tiling.row.begin(i);
           int n = int(tiling.row.begin(i + 1) - tiling.row.begin(i));
-          if (g == 0 && share.barrier && part == 0 && i + 1 < tiling.row.pieces)  // the next rows, from other cores
+          if (k == 0 && share.barrier && part == 0 && i + 1 < tiling.row.pieces)  // the next rows, from other cores
             for (int64_t b = 0; b < blocks; ++b)
               if (b < share.b0 || b >= share.b1)
                 prefetch<false>(gates(b, from + j + n), (tiling.row.begin(i + 2) - tiling.row.begin(i + 1)) * slots);

@@ -312,7 +312,8 @@ struct Vec {
   friend FUSEDRNN_INLINE Vec fma(Vec a, Vec b, Vec c) { return wrap(N::fma(a.r, b.r, c.r)); }
   // c - a*b, rounded likewise.
   friend FUSEDRNN_INLINE Vec fnma(Vec a, Vec b, Vec c) { return wrap(N::fnma(a.r, b.r, c.r)); }
-  // NaN when b is NaN; when only a is NaN, the result depends on the ISA. So a limit goes first: min(limit, x) keeps NaN.
+  // NaN when b is NaN; when only a is NaN, the result depends on the ISA. So a limit goes first: min(limit, x) keeps
+  // x's NaN.
   friend FUSEDRNN_INLINE Vec min(Vec a, Vec b) { return wrap(N::min(a.r, b.r)); }
   friend FUSEDRNN_INLINE Vec max(Vec a, Vec b) { return wrap(N::max(a.r, b.r)); }
   // To the nearest integer, ties to even.

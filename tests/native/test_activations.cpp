@@ -147,7 +147,8 @@ template <class T>
 void report(const Errors<T>& errors, const char* type, const char* what, double limit) {
   char text[200];
   printf("%-15s %-8s %.4f ulp at %.17g (%a)\n", type, what, errors.worst, double(errors.where), double(errors.where));
-  snprintf(text, sizeof text, "%s is off by %.4f ulp at %a, more than %g", what, errors.worst, double(errors.where), limit);
+  snprintf(text, sizeof text, "%s is off by %.4f ulp at %a, more than %g", what, errors.worst, double(errors.where),
+           limit);
   check(errors.worst <= limit, type, text);
   snprintf(text, sizeof text, "%s is wrong at %llu points, the first %a", what, (unsigned long long)errors.faults,
            double(errors.fault));
@@ -262,7 +263,8 @@ void operations(const char* type) {
   check(signbit(lane(V(T(-0.0)))) && signbit(lane(-V(T(0)))), type, "the sign of zero");
   const T nan = T(NAN);
   const V limit(T(1)), not_a_number(nan);
-  check(isnan(lane(min(limit, not_a_number))) && isnan(lane(max(limit, not_a_number))), type, "min and max keep b's NaN");
+  check(isnan(lane(min(limit, not_a_number))) && isnan(lane(max(limit, not_a_number))), type,
+        "min and max keep b's NaN");
   check(lane(select(not_a_number == not_a_number, limit, -limit)) == -1 &&
             lane(select(not_a_number != not_a_number, limit, -limit)) == 1, type, "NaN compares unequal");
   const T eps = sizeof(T) == 4 ? T(FLT_EPSILON) : T(DBL_EPSILON);
