@@ -55,6 +55,9 @@ struct Team {
   int rank;
 };
 
+// From block to block of the panels below: a vector more than they need, so that neighbours share no cache sets.
+FUSEDRNN_INLINE int64_t operand_panel_stride(int64_t chunk_rows, int64_t lanes) { return (chunk_rows + 1) * lanes; }
+
 template <class T>
 struct ForwardArgs {
   int64_t I, H;
@@ -99,8 +102,8 @@ struct BackwardArgs {
   T* gates;                                  // [blocks of H][B + chunk_rows][slots * lanes]: the slots' gradients
   int64_t gates_block;
   T* carry[max_states];                      // (B, blocks of H * lanes)
-  T* x_panel;                                // [blocks of I][chunk_rows][lanes]
-  T* h_panel[max_phases];                    // [blocks of H][chunk_rows][lanes]
+  T* x_panel;                                // [blocks of I][chunk_rows][lanes], operand_panel_stride apart
+  T* h_panel[max_phases];                    // [blocks of H][chunk_rows][lanes], likewise
   T *sum_w_ih, *sum_w_hh;                    // like dw: the running block of 4096 rows; null where dw itself can hold it
   T* sum_b;                                  // [blocks of H][slots * lanes]
 };

@@ -1,8 +1,8 @@
-"""Why gates: how a loss at step 200 reaches back through an RNN, an LSTM and a GRU, drawn as ||dL/dh_t|| over t.
+"""Why gates: how a loss at step 200 reaches back through an RNN, an LSTM and a GRU, ||dL/dh_t|| over t.
 
-A layer returns dL/dx_t for every step but dL/dh_t only for its initial state. So the sequence is run as 200 forward
-calls of one step, the state carried, and their tapes are walked backwards: the state gradient that one step's backward
-returns is the `dstate` of the step before, and its h part is dL/dh_t.
+A layer returns dL/dx_t for every step but dL/dh_t only for its initial state. So the sequence is run as 200
+forward calls of one step, the state carried, and their tapes are walked backwards: the state gradient that
+one step's backward returns is the `dstate` of the step before, and its h part is dL/dh_t.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ SCALES = (1, 2, 4, 8)  # times PyTorch's initial weights, U(-1/sqrt(H), 1/sqrt(H
 OPEN = 5.0  # bias of the gate that keeps the state: sigmoid(5) = 0.993
 
 EXPLANATION = """\
-RNN: every step back multiplies by the same matrix. Small weights: the gradient dies within tens of steps; large: it explodes.
-LSTM, GRU: the state is also carried past the matrix, times a gate; a gate at 1/2 halves it each step, and it is gone as fast.
-Gates held open (bias 5, sigmoid 0.993) keep it: the gradient arrives 200 steps back at every one of these weight scales.
+RNN: every step back multiplies by the same matrix. The gradient dies if it is small, explodes if large.
+LSTM, GRU: a gate times the state is also carried past the matrix; at 1/2 it halves each step, gone as fast.
+Gates held open (bias 5, sigmoid 0.993) keep it: the gradient arrives 200 steps back at all these scales.
 """
 
 
 def gradient_norms(layer, steps: int) -> np.ndarray:
-    """||dL/dh_t|| for t = 0..steps of L = u . h_T, u random and of length 1; root mean square over B sequences."""
+    """||dL/dh_t||, t = 0..steps, of L = u . h_T, u a random unit vector; root mean square over B."""
     x = np.random.default_rng(0).normal(size=(steps, B, layer.input_size))
     tapes, state = [], None
     for t in range(steps):
-        _, state, tape = layer.forward(x[t:t + 1], state)
+        _, state, tape = layer.forward(x[t : t + 1], state)
         tapes.append(tape)
 
     dh = np.random.default_rng(1).normal(size=(1, B, H))
@@ -50,8 +50,13 @@ def gradient_norms(layer, steps: int) -> np.ndarray:
 
 def layers() -> Iterator[tuple[str, int, fr.RNN | fr.LSTM | fr.GRU]]:
     """(panel, weight scale, layer): five panels at every scale."""
-    for panel, cls, bias in (("RNN (tanh)", fr.RNN, 0.0), ("LSTM", fr.LSTM, 0.0), ("GRU", fr.GRU, 0.0),
-                             ("LSTM, forget gate open", fr.LSTM, OPEN), ("GRU, update gate open", fr.GRU, OPEN)):
+    for panel, cls, bias in (
+        ("RNN (tanh)", fr.RNN, 0.0),
+        ("LSTM", fr.LSTM, 0.0),
+        ("GRU", fr.GRU, 0.0),
+        ("LSTM, forget gate open", fr.LSTM, OPEN),
+        ("GRU, update gate open", fr.GRU, OPEN),
+    ):
         for scale in SCALES:
             # float64: a float32 would underflow where the gradient vanishes.
             layer = cls(8, H, dtype=np.float64, seed=0)
@@ -59,7 +64,7 @@ def layers() -> Iterator[tuple[str, int, fr.RNN | fr.LSTM | fr.GRU]]:
             for name in ("bias_ih_l0", "bias_hh_l0"):
                 layer.params[name][:] = 0
             if bias:  # the second gate is the one that keeps the state: f of i, f, g, o and z of r, z, n
-                layer.params["bias_ih_l0"][H:2 * H] = bias
+                layer.params["bias_ih_l0"][H : 2 * H] = bias
             yield panel, scale, layer
 
 
@@ -72,8 +77,14 @@ def plot(path: Path, norms: dict[str, dict[int, np.ndarray]]) -> None:
     colours = dict(zip(SCALES, ("#2b6cb0", "#3f9b6c", "#dd8a1d", "#b5243c"), strict=True))
     fig = Figure(figsize=(10, 6.4), dpi=150, layout="constrained")
     fig.get_layout_engine().set(w_pad=0.08, h_pad=0.08, hspace=0.05)
-    fig.suptitle("How the gradient of a loss at the last step reaches earlier ones:  ‖∂L/∂hₜ‖ over t",
-                 x=0.01, ha="left", fontsize=13, fontweight="bold", color=ink)
+    fig.suptitle(
+        "How the gradient of a loss at the last step reaches earlier ones:  ‖∂L/∂hₜ‖ over t",
+        x=0.01,
+        ha="left",
+        fontsize=13,
+        fontweight="bold",
+        color=ink,
+    )
     grid = fig.subplots(2, 3, sharex=True, sharey=True)
     for ax, (panel, curves) in zip((*grid[0], *grid[1, 1:]), norms.items(), strict=True):
         ax.set_title(panel, loc="left", fontsize=11, color=ink)
@@ -94,17 +105,42 @@ def plot(path: Path, norms: dict[str, dict[int, np.ndarray]]) -> None:
             at = int(np.argmax((30 * low < curve) & (curve < high / 30)))
             beside = at > last // 8
             at = max(at, last // 50)
-            ax.annotate(f"×{scale}", (at, curve[at]), (-6, 0) if beside else (0, 5), textcoords="offset points",
-                        color=colours[scale], fontsize=10, ha="right" if beside else "left",
-                        va="center" if beside else "bottom")
+            ax.annotate(
+                f"×{scale}",
+                (at, curve[at]),
+                (-6, 0) if beside else (0, 5),
+                textcoords="offset points",
+                color=colours[scale],
+                fontsize=10,
+                ha="right" if beside else "left",
+                va="center" if beside else "bottom",
+            )
 
     key = grid[1, 0]
     key.set_axis_off()
-    key.text(0, 1, "Weights, as multiples of U(±1/√H)", transform=key.transAxes, fontsize=10, color=ink, va="top")
+    key.text(
+        0, 1, "Weights, as multiples of U(±1/√H)", transform=key.transAxes, fontsize=10, color=ink, va="top"
+    )
     for i, scale in enumerate(SCALES):
-        key.text(0.24 * i, 0.89, f"━ ×{scale}", transform=key.transAxes, fontsize=11, color=colours[scale], va="top")
-    key.text(0, 0.76, "\n\n".join(fill(line, 45) for line in EXPLANATION.splitlines()), transform=key.transAxes,
-             fontsize=9, color=ink, va="top", linespacing=1.35)
+        key.text(
+            0.24 * i,
+            0.89,
+            f"━ ×{scale}",
+            transform=key.transAxes,
+            fontsize=11,
+            color=colours[scale],
+            va="top",
+        )
+    key.text(
+        0,
+        0.76,
+        "\n\n".join(fill(line, 45) for line in EXPLANATION.splitlines()),
+        transform=key.transAxes,
+        fontsize=9,
+        color=ink,
+        va="top",
+        linespacing=1.35,
+    )
     for text in key.texts:  # it may be wider than its column
         text.set_in_layout(False)
     fig.savefig(path)
@@ -112,7 +148,9 @@ def plot(path: Path, norms: dict[str, dict[int, np.ndarray]]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition(",")[0])
-    parser.add_argument("--out", type=Path, default=Path("gradient_flow.png"), help="picture (default: %(default)s)")
+    parser.add_argument(
+        "--out", type=Path, default=Path("gradient_flow.png"), help="picture (default: %(default)s)"
+    )
     parser.add_argument("--quick", action="store_true", help="60 steps, for a test")
     args = parser.parse_args()
     steps = 60 if args.quick else T

@@ -1,7 +1,8 @@
 """Many to many: a prediction at every step. A GRU learns to add binary numbers of any length.
 
-Step t sees bit t of both numbers, lowest first, and answers bit t of their sum; the carry has to live in the state. It
-trains on numbers of 16 bits and is tested on numbers of 500, where one wrong bit in 500 makes a sum wrong.
+Step t sees bit t of both numbers, lowest first, and answers bit t of their sum; the carry has to live in the
+state. It trains on numbers of 16 bits and is tested on numbers of 500, where one wrong bit in 500 makes a sum
+wrong.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ TRAIN_BITS, TEST_BITS = 16, 500
 
 
 def draw(rng: np.random.Generator, bits: int, batch: int) -> tuple[np.ndarray, np.ndarray]:
-    """Bits of two numbers (T, B, 2), lowest first, and of their sum (T, B); the highest bits are 0, so sums fit."""
+    """Bits of two numbers (T, B, 2), lowest first, and of their sum (T, B), which fits: the highest are 0."""
     x = rng.integers(2, size=(bits, batch, 2))
     x[-1] = 0
     total, carry = np.empty((bits, batch), int), 0
@@ -62,7 +63,8 @@ def main() -> None:
     x, target = draw(np.random.default_rng(1), TEST_BITS, sums)
     y, _ = gru(x)
     right = np.mean(np.all((y @ weight + bias > 0) == target, axis=0))
-    print(f"\n{update + 1} updates on {TRAIN_BITS} bits; {right:.1%} of {sums} sums of {TEST_BITS} bits right in every bit")
+    print(f"\n{update + 1} updates on sums of {TRAIN_BITS} bits")
+    print(f"{right:.1%} of {sums} sums of {TEST_BITS} bits right in every bit")
 
     a, b = 123_456_789_012_345, 987_654_321_098_765
     stream, answer = gru.freeze().stream(), 0

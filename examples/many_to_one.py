@@ -1,8 +1,8 @@
 """Many to one: a class from the last hidden state of sequences of different lengths.
 
-The temporal order problem of Hochreiter and Schmidhuber (1997), task 6a: a sequence of noise symbols holds two marked
-ones, each X or Y, one in its first half and one in its second. Which of XX, XY, YX and YY was it? Guessing is right one
-time in four; a layer has to carry the first mark over some 20 distracting steps.
+The temporal order problem of Hochreiter and Schmidhuber (1997), task 6a: a sequence of noise symbols holds
+two marked ones, each X or Y, one in its first half and one in its second. Which of XX, XY, YX and YY was it?
+Guessing is right one time in four; a layer has to carry the first mark over some 20 distracting steps.
 """
 
 from __future__ import annotations
@@ -36,12 +36,14 @@ def draw(rng: np.random.Generator, batch: int) -> tuple[np.ndarray, np.ndarray, 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="stop as soon as a batch is nearly all right, for a test")
+    parser.add_argument(
+        "--quick", action="store_true", help="stop as soon as a batch is nearly all right, for a test"
+    )
     args = parser.parse_args()
 
     rng = np.random.default_rng(0)
     lstm = fr.LSTM(SYMBOLS, HIDDEN, seed=0)
-    lstm.params["bias_ih_l0"][HIDDEN:2 * HIDDEN] = 2  # forget gates start open
+    lstm.params["bias_ih_l0"][HIDDEN : 2 * HIDDEN] = 2  # forget gates start open
     weight = rng.uniform(-1, 1, (CLASSES, HIDDEN)).astype(np.float32) / np.float32(HIDDEN**0.5)
     bias = np.zeros(CLASSES, np.float32)
     adam = Adam([lstm.flat_params, weight, bias], lr=5e-3)

@@ -14,6 +14,9 @@ ISAS = _core.available_isas()
 linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs /proc and an affinity")
 forks = pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
 
+# On one core threads yield to each other at once; on more, a long wait makes the next calls run on one thread.
+ONE_CORE = "import os\nos.sched_setaffinity(0, {min(os.sched_getaffinity(0))})\n"
+
 
 def start(code, **environment):
     """Run code in a fresh interpreter that finds bound.py; it must end by itself."""
@@ -93,21 +96,14 @@ def test_the_environment_sets_the_number_of_threads():
 
 @linux
 def test_affinity_limits_the_number_of_threads():
-    code = """
-        import os
-        os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
-        import fusedrnn as fr
-        print(fr.get_num_threads())
-    """
-    assert succeeds(code) == "1"
-    assert int(succeeds("import fusedrnn as fr; print(fr.get_num_threads())")) <= len(os.sched_getaffinity(0))
+    code = "import fusedrnn as fr; print(fr.get_num_threads())"
+    assert succeeds(ONE_CORE + code) == "1"
+    assert int(succeeds(code)) <= len(os.sched_getaffinity(0))
 
 
 @linux
 def test_no_thread_starts_before_a_call_that_wants_one():
-    succeeds(
-        """
-        import os
+    code = """
         import numpy as np
         count = lambda: len(os.listdir("/proc/self/task"))
         before = count()
@@ -122,8 +118,8 @@ def test_no_thread_starts_before_a_call_that_wants_one():
         with fr.num_threads(3):
             layer(x)
         assert before < count() <= before + 2, "with three threads"
-        """
-    )
+    """
+    succeeds(ONE_CORE + textwrap.dedent(code))
 
 
 OVERSUBSCRIBED = """
@@ -145,8 +141,7 @@ def test_more_threads_than_cores():
 
 @linux
 def test_many_threads_on_one_core():
-    one_core = "import os\nos.sched_setaffinity(0, {min(os.sched_getaffinity(0))})\n"
-    succeeds(one_core + textwrap.dedent(OVERSUBSCRIBED))
+    succeeds(ONE_CORE + textwrap.dedent(OVERSUBSCRIBED))
 
 
 # --- Fork ---------------------------------------------------------------------------------------------------
@@ -226,7 +221,8 @@ def test_a_fork_while_another_thread_computes():
 @forks
 def test_a_forked_child_has_no_threads_until_it_computes():
     succeeds(
-        textwrap.dedent(FORKS)
+        ONE_CORE
+        + textwrap.dedent(FORKS)
         + textwrap.dedent(
             """
             count = lambda: len(os.listdir("/proc/self/task"))

@@ -41,7 +41,7 @@ def drawn(n):
 @every_cell
 @every_dtype
 def test_stacks(cell, dtype):
-    @drawn(60)
+    @drawn(40)
     @given(cases(cell, dtype), st.integers(1, 4))
     def check(case, threads):
         call = draw(case)
@@ -55,7 +55,7 @@ def test_stacks(cell, dtype):
 @every_cell
 @every_dtype
 def test_functional_forms_in_both_directions(cell, dtype):
-    @drawn(30)
+    @drawn(20)
     @given(cases(cell, dtype, (1,), (1,)), st.booleans())
     def check(case, reverse):
         case = case._replace(batch_first=False)

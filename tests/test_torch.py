@@ -19,6 +19,15 @@ every_dtype = pytest.mark.parametrize("dtype", ["float32", "float64"])
 every_lengths = pytest.mark.parametrize("ragged", [False, True], ids=["padded", "packed"])
 
 
+@pytest.fixture(autouse=True, scope="module")
+def one_thread_of_torch():
+    """Its own cost more than they save at these sizes, above all beside ours."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def module_of(case, dtype):
     kind, options = MODULES[case.cell]
     return kind(

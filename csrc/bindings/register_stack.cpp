@@ -80,10 +80,6 @@ void backward(const PySpec& s, const py::tuple& params, PyTape& tape, const py::
     if (!dparams.is_none()) call.dweights = weights<T>(py::reinterpret_borrow<py::tuple>(dparams), spec);
     call.adds = accumulate;
     py::gil_scoped_release release;
-    if (checksum(call.x, spec.I, t.order) != t.x_sum)
-      throw std::runtime_error("x was changed after the forward pass, so its gradients would be wrong");
-    if (checksum(spec, call.weights) != t.weights_sum)
-      throw std::runtime_error("the parameters were changed after the forward pass, so its gradients would be wrong");
     run_backward(call);
   });
 }

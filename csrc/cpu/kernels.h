@@ -22,6 +22,7 @@ struct Kernels {
                           int64_t stride);
   // out[i] = keep(seed, index + i) ? x[i] * scale : 0, where keep holds for a random word of at least `threshold`.
   void (*dropout)(const T* x, T* out, int64_t n, uint64_t seed, uint64_t index, uint32_t threshold, T scale);
+  uint64_t (*hash)(const T* p, int64_t bytes, uint64_t index);  // of a piece of memory and its number; the same on every ISA
   // What the machine can do: floating-point operations done, and n elements read `rounds` times over (the sum is returned).
   double (*fma_chain)(int64_t rounds);
   T (*read)(const T* p, int64_t n, int64_t rounds);

@@ -230,6 +230,7 @@ struct Backward {
   const Share share = forward.share;
   const int64_t H = f.H, blocks = ceil_div(H, L), padded = blocks * L;
   const int64_t batch = f.schedule.batch;
+  const int64_t panel_stride = operand_panel_stride(team.plan.chunk_rows, L);
 
   Backward(const BackwardArgs<T>& args, const Team& team) : a(args), forward(args.forward, team), team(team) {}
 
@@ -395,19 +396,28 @@ struct Backward {
   // This rank's share of n tasks.
   FUSEDRNN_INLINE Cut tasks(int64_t n) const { return {n, team.plan.threads()}; }
 
-  // The operands' rows, a vector wide, as panels for the outer products.
+  // The operands' rows as panels for the outer products.
   void pack_operands(int64_t hi, int64_t rows) const {
     const int64_t inputs = ceil_div(f.I, L);
-    Cut cut = tasks(inputs + Cell::phases * blocks);
-    for (int64_t n = cut.begin(team.rank); n < cut.begin(team.rank + 1); ++n) {
-      const int64_t p = (n - inputs) / blocks, vec = n < inputs ? n : (n - inputs) % blocks;
-      T* to = (n < inputs ? a.x_panel : a.h_panel[p]) + vec * team.plan.chunk_rows * L;
-      const int width = block_width<T>(n < inputs ? f.I : H, vec);
-      Walk at{f.schedule.active, hi, 0};
-      for (int64_t i = 0; i < rows; ++i, to += L, at.skip(1)) {
-        const T* from = n < inputs ? f.x.at(at.s, at.j) : p == 0 ? forward.h_prev(at.s, at.j) : forward.operand(at.s, at.j);
-        V::load(from + vec * L, width).store(to);
-      }
+    const Cut cut = tasks(inputs + Cell::phases * blocks);
+    const int64_t first = cut.begin(team.rank), end = cut.begin(team.rank + 1);
+    pack_rows(hi, rows, first, smallest(end, inputs), f.I, a.x_panel, [&](int64_t s, int64_t j) { return f.x.at(s, j); });
+    for (int p = 0; p < Cell::phases; ++p) {
+      const int64_t before = inputs + p * blocks;
+      pack_rows(hi, rows, largest(first - before, 0), smallest(end - before, blocks), H, a.h_panel[p],
+                [&](int64_t s, int64_t j) { return p == 0 ? forward.h_prev(s, j) : forward.operand(s, j); });
+    }
+  }
+
+  // Vectors [v0, v1) of every row of the chunk; row(s, j) is where it lies, `width` elements long.
+  template <class Row>
+  void pack_rows(int64_t hi, int64_t rows, int64_t v0, int64_t v1, int64_t width, T* panel, Row row) const {
+    if (v0 >= v1) return;
+    Walk at{f.schedule.active, hi, 0};
+    for (int64_t i = 0; i < rows; ++i, at.skip(1)) {
+      const T* from = row(at.s, at.j);
+      for (int64_t v = v0; v < v1; ++v)
+        V::load(from + v * L, block_width<T>(width, v)).store(panel + v * panel_stride + i * L);
     }
   }
 
@@ -417,7 +427,7 @@ struct Backward {
     Cut cut = tasks(blocks * columns.pieces);
     alignas(64) T scratch[8 * 4 * L];
     Tile<T> t;
-    t.segments = 1, t.a_stride = slots, t.a_segment = 0, t.b_block = team.plan.chunk_rows * L;
+    t.segments = 1, t.a_stride = slots, t.a_segment = 0, t.b_block = panel_stride;
     for (int64_t task = cut.begin(team.rank); task < cut.begin(team.rank + 1); ++task) {
       const int64_t b = task / columns.pieces, g = task % columns.pieces;
       const int64_t n0 = columns.begin(g), vectors = columns.begin(g + 1) - n0;

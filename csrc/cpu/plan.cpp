@@ -17,9 +17,9 @@ int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 constexpr double fma_per_ns = 7.0;            // vector FMAs
 constexpr double l2_bytes_per_ns = 200.0;     // a panel read once per row tile
 constexpr double l3_bytes_per_ns = 80.0;      // a panel that the second level does not hold, once per step
-constexpr double exchange_bytes_per_ns = 30;  // rows that another core has just written
+constexpr double exchange_bytes_per_ns = 5;   // rows that another core has just written: 80 with a shared cache, 3 without
 constexpr double cell_ns = 12.0;              // the epilogue of one vector
-constexpr double barrier_ns = 400.0;          // two hand-overs between cores that share no cache
+constexpr double barrier_ns = 500.0;          // two hand-overs between cores that share no cache
 constexpr double tile_ns = 8.0;
 constexpr double start_ns = 3000.0;           // handing a call to another thread and waiting for it
 

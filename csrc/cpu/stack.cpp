@@ -1,9 +1,10 @@
 #include "cpu/stack.h"
 
-#include <string.h>
-
 #include <algorithm>
+#include <atomic>
+#include <chrono>
 #include <numeric>
+#include <stdexcept>
 
 #include "cpu/dispatch.h"
 #include "cpu/plan.h"
@@ -134,35 +135,43 @@ void clear_padding(const Sequence<T>& a, int64_t width, const Order& order, int6
       std::fill_n(a.data + t * a.step + order.from[j] * a.row, width, T(0));
 }
 
-class Hash {
- public:
-  void add(const void* data, size_t bytes) {
-    auto p = static_cast<const unsigned char*>(data);
-    uint64_t lane[4] = {state_, ~state_, state_ + 1, state_ + 2};
-    size_t i = 0;
-    for (; i + 32 <= bytes; i += 32)
-      for (int k = 0; k < 4; ++k) lane[k] = step(lane[k], word(p + i + 8 * k));
-    for (; i + 8 <= bytes; i += 8) lane[0] = step(lane[0], word(p + i));
-    if (i < bytes) {
-      uint64_t rest = 0;
-      memcpy(&rest, p + i, bytes - i);
-      lane[1] = step(lane[1], rest);
-    }
-    state_ = step(step(step(step(bytes, lane[0]), lane[1]), lane[2]), lane[3]);
-  }
-  uint64_t value() const { return state_; }
+// What a tape remembers of x and of the parameters: sums of hashes of pieces, which any threads may take in any order.
+struct Checksums {
+  std::atomic<uint64_t> x{0}, weights{0};
 
- private:
-  static uint64_t word(const unsigned char* p) {
-    uint64_t w;
-    memcpy(&w, p, 8);
-    return w;
+  // Adds this rank's part; the padding of x is left out.
+  template <class T>
+  void add(const Spec& spec, const StackWeights<const T>& w, const Sequence<const T>& a, const Order& order, int rank,
+           int threads) {
+    const auto hash = kernels<T>().hash;
+    const int64_t B = order.from.size(), steps = order.active.size() - 1;
+    const bool whole_steps = a.row == spec.I && (steps == 0 || order.active[steps - 1] == B);
+    uint64_t sum = 0;
+    const Part part(steps, rank, threads);
+    for (int64_t s = part.begin; s < part.end; ++s) {
+      if (whole_steps) {
+        sum += hash(a.data + s * a.step, B * spec.I * sizeof(T), s * B);
+      } else {
+        for (int64_t j = 0; j < order.active[s]; ++j)
+          sum += hash(a.data + s * a.step + order.from[j] * a.row, spec.I * sizeof(T), s * B + order.from[j]);
+      }
+    }
+    x += sum;
+    sum = 0;
+    uint64_t piece = 0;
+    const auto add_matrix = [&](const T* data, int64_t rows, int64_t columns) {
+      const Part mine(rows, rank, threads);
+      for (int64_t r = mine.begin; r < mine.end; ++r) sum += hash(data + r * columns, columns * sizeof(T), piece + r);
+      piece += rows;
+    };
+    const int64_t rows = spec.info().gates * spec.H;
+    for (int64_t i = 0; i < spec.count(); ++i) {
+      add_matrix(w[i].w_ih, rows, spec.input_size(i / spec.D));
+      add_matrix(w[i].w_hh, rows, spec.H);
+      if (spec.bias) add_matrix(w[i].b_ih, 1, rows), add_matrix(w[i].b_hh, 1, rows);
+    }
+    weights += sum;
   }
-  static uint64_t step(uint64_t h, uint64_t w) {
-    h = (h ^ w) * 0x9fb21c651e98df25u;
-    return h ^ (h >> 32);
-  }
-  uint64_t state_ = 0x51ed270b76a9d4e1u;
 };
 
 }  // namespace
@@ -254,8 +263,12 @@ void run_forward(const StackForward<T>& call, Tape<T>* tape) {
   const Spec& spec = call.spec;
   const int64_t T_ = call.T_, B = call.B, H = spec.H, width = spec.D * H, lanes = kernels<T>().lanes;
   const CellInfo& cell = spec.info();
+  Checksums sums;
   if (B == 0) {
-    if (tape) tape->x_sum = checksum(call.x, spec.I, tape->order), tape->weights_sum = checksum(spec, call.weights);
+    if (tape) {
+      sums.add(spec, call.weights, call.x, tape->order, 0, 1);
+      tape->x_sum = sums.x, tape->weights_sum = sums.weights;
+    }
     return;
   }
   std::unique_ptr<Order> own_order;
@@ -325,10 +338,7 @@ void run_forward(const StackForward<T>& call, Tape<T>* tape) {
 
   crew.run([&](int rank) {
     if (own_panels) own_panels->pack(call.weights, rank, crew.threads());
-    if (tape && rank == crew.threads() - 1) {
-      tape->x_sum = checksum(call.x, spec.I, order);
-      tape->weights_sum = checksum(spec, call.weights);
-    }
+    if (tape) sums.add(spec, call.weights, call.x, order, rank, crew.threads());
     crew.wait();
     for (int64_t l = 0; l < spec.L; ++l) {
       if (l > 0 && drops) {
@@ -341,6 +351,7 @@ void run_forward(const StackForward<T>& call, Tape<T>* tape) {
       crew.wait();
     }
   });
+  if (tape) tape->x_sum = sums.x, tape->weights_sum = sums.weights;
   if (call.lengths) clear_padding(call.y, width, order, T_);
 }
 
@@ -354,6 +365,15 @@ void run_backward(const StackBackward<T>& call) {
   const int64_t lanes = k.lanes, blocks = ceil_div(H, lanes), padded = blocks * lanes;
   const CellInfo& cell = spec.info();
   const bool wants_weights = !call.dweights.empty();
+  Crew crew(spec, [&](int64_t l, int threads) {
+    return backward_plan(layer_size<T>(spec, l, order.active.size() - 1, B), this_machine(), threads);
+  });
+  Checksums now;
+  crew.run([&](int rank) { now.add(spec, call.weights, call.x, order, rank, crew.threads()); });
+  if (now.x != tape.x_sum)
+    throw std::runtime_error("x was changed after the forward pass, so its gradients would be wrong");
+  if (now.weights != tape.weights_sum)
+    throw std::runtime_error("the parameters were changed after the forward pass, so their gradients would be wrong");
   if (wants_weights && !call.adds && order.rows() == 0)
     for (int64_t i = 0; i < spec.count(); ++i) {
       const Weights<T>& g = call.dweights[i];
@@ -362,10 +382,6 @@ void run_backward(const StackBackward<T>& call) {
       if (spec.bias) std::fill_n(g.b_ih, cell.gates * H, T(0)), std::fill_n(g.b_hh, cell.gates * H, T(0));
     }
   if (B == 0) return;
-
-  Crew crew(spec, [&](int64_t l, int threads) {
-    return backward_plan(layer_size<T>(spec, l, order.active.size() - 1, B), this_machine(), threads);
-  });
 
   // Workspace: one set, or one for each direction when both run at the same time.
   struct Work {
@@ -389,8 +405,9 @@ void run_backward(const StackBackward<T>& call) {
     arena.want(&w.gates, {blocks, gates_block});
     for (int s = 0; s < cell.states; ++s) arena.want(&w.carry[s], {B, padded});
     if (wants_weights) {
-      arena.want(&w.x_panel, {ceil_div(widest, lanes), chunk_rows, lanes});
-      for (int p = 0; p < cell.phases; ++p) arena.want(&w.h_panel[p], {blocks, chunk_rows, lanes});
+      const int64_t stride = operand_panel_stride(chunk_rows, lanes);
+      arena.want(&w.x_panel, {ceil_div(widest, lanes), stride});
+      for (int p = 0; p < cell.phases; ++p) arena.want(&w.h_panel[p], {blocks, stride});
       arena.want(&w.sum_b, {blocks, cell.slots, lanes});
     }
     if (sums) {
@@ -510,28 +527,6 @@ void run_backward(const StackBackward<T>& call) {
 }
 
 template <class T>
-uint64_t checksum(const Sequence<const T>& x, int64_t width, const Order& order) {
-  Hash hash;
-  for (size_t s = 0; s + 1 < order.active.size(); ++s)
-    for (int64_t j = 0; j < order.active[s]; ++j)
-      hash.add(x.data + int64_t(s) * x.step + order.from[j] * x.row, width * sizeof(T));
-  return hash.value();
-}
-
-template <class T>
-uint64_t checksum(const Spec& spec, const StackWeights<const T>& weights) {
-  Hash hash;
-  const int64_t rows = spec.info().gates * spec.H;
-  for (int64_t i = 0; i < spec.count(); ++i) {
-    const Weights<const T>& w = weights[i];
-    hash.add(w.w_ih, rows * spec.input_size(i / spec.D) * sizeof(T));
-    hash.add(w.w_hh, rows * spec.H * sizeof(T));
-    if (spec.bias) hash.add(w.b_ih, rows * sizeof(T)), hash.add(w.b_hh, rows * sizeof(T));
-  }
-  return hash.value();
-}
-
-template <class T>
 Stream<T>::Stream(const Spec& spec, std::shared_ptr<const Panels<T>> panels, int64_t B)
     : spec_(spec), panels_(std::move(panels)), B_(B), order_(1, B, nullptr), levels_(spec.L) {
   const CellInfo& cell = spec.info();
@@ -597,7 +592,10 @@ void Stream<T>::step(const T* x, T* h) {
     a.final_state[0] = levels_[l].h[next];
   }
   const auto forward = kernels<T>().cell[spec_.cell].forward;
-  Lease lease(std::min(most_threads_, wanted_threads()));
+  // After a pause the other threads are parked, and waking them costs more than a step: a slow stream stays on one.
+  using Clock = std::chrono::steady_clock;
+  const int wanted = std::min(most_threads_, wanted_threads());
+  Lease lease(wanted > 1 && Clock::now() - last_end_ < spin_window ? wanted : 1);
   if (lease.size() != planned_) plan_for(lease.size());
   lease.run(planned_, [&](int rank) {
     for (Level& level : levels_) {
@@ -606,6 +604,7 @@ void Stream<T>::step(const T* x, T* h) {
       if (planned_ > 1 && levels_.size() > 1) all_->wait();
     }
   });
+  if (wanted > 1) last_end_ = Clock::now();
   now_ = next;
 }
 
@@ -637,9 +636,7 @@ void Stream<T>::set_state(int i, const T* values) {
   template struct Tape<T>;                                                                      \
   template class Stream<T>;                                                                     \
   template void run_forward(const StackForward<T>&, Tape<T>*);                                  \
-  template void run_backward(const StackBackward<T>&);                                          \
-  template uint64_t checksum(const Sequence<const T>&, int64_t, const Order&);                  \
-  template uint64_t checksum(const Spec&, const StackWeights<const T>&);
+  template void run_backward(const StackBackward<T>&);
 FUSEDRNN_INSTANTIATE(float)
 FUSEDRNN_INSTANTIATE(double)
 #undef FUSEDRNN_INSTANTIATE

@@ -2,6 +2,7 @@
 // wrong but sizes that overflow; allocates workspace, packs, plans, and runs the layers on a team of threads.
 #pragma once
 
+#include <chrono>
 #include <memory>
 #include <vector>
 
@@ -114,14 +115,9 @@ struct StackBackward {
 template <class T>
 void run_forward(const StackForward<T>& call, Tape<T>* tape);  // tape null: inference
 
+// Throws std::runtime_error, with nothing written, if x or the weights are not what the tape was made from.
 template <class T>
 void run_backward(const StackBackward<T>& call);
-
-// Checksums of what a tape refers to.
-template <class T>
-uint64_t checksum(const Sequence<const T>& x, int64_t width, const Order& order);  // padding left out
-template <class T>
-uint64_t checksum(const Spec& spec, const StackWeights<const T>& weights);
 
 // One step after another with the state kept: a stream. Nothing is allocated after the constructor.
 template <class T>
@@ -153,6 +149,7 @@ class Stream {
   int now_ = 0;                // levels_[l].h[now_] is the state
   int most_threads_ = 1;       // that a step can use
   int planned_ = 0;            // threads that the plans are for
+  std::chrono::steady_clock::time_point last_end_{};  // of the last step
   std::unique_ptr<Barrier> all_;
   Arena arena_;
 };

@@ -29,7 +29,6 @@ using Clock = std::chrono::steady_clock;
 using std::chrono::microseconds;
 
 constexpr int spins_before_yield = 4000;    // some 50 us
-constexpr microseconds spin_window{200};    // how long a worker waits awake for the next call
 constexpr microseconds stall{1000};         // a wait of that long means that the partner has lost its core
 constexpr int stalls_allowed = 1;           // in one call
 constexpr microseconds shortest_retreat{5000}, longest_retreat{320000};

@@ -6,9 +6,12 @@
 #pragma once
 
 #include <atomic>
+#include <chrono>
 #include <functional>
 
 namespace fusedrnn {
+
+constexpr std::chrono::microseconds spin_window{200};  // how long a worker waits awake for the next call
 
 // Meeting point of `members` threads, used again and again.
 class alignas(64) Barrier {

@@ -5,11 +5,16 @@ from __future__ import annotations
 import argparse
 import importlib
 import math
+import os
 import sys
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import fusedrnn as fr
 
-# Each module offers add_arguments(parser) and run(args) -> exit status, and is imported only when its command is given.
+Number = TypeVar("Number", int, float)
+
+# Each module offers add_arguments(parser) and run(args) -> exit status; imported for its own command alone.
 COMMANDS = {
     "demo": ("fusedrnn.demo", "train a character-level language model on real text and sample from it"),
     "bench": (
@@ -30,7 +35,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="fusedrnn", description="Fused RNN, LSTM and GRU kernels for NumPy."
     )
-    parser.add_argument("--version", action="version", version=f"fusedrnn {fr.__version__}")
+    parser.add_argument("--version", action=_Version, help="print the version and exit")
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name, (module, summary) in COMMANDS.items():
         sub = subparsers.add_parser(name, help=summary, description=summary[0].upper() + summary[1:] + ".")
@@ -42,6 +47,9 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         return args.run(args)
+    except BrokenPipeError:  # whoever read the output has gone; so must what is still to be flushed at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except (CommandError, OSError) as error:
         print(f"fusedrnn {args.command}: error: {error}", file=sys.stderr)
         return 2
@@ -51,6 +59,17 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"\nfusedrnn {args.command}: interrupted", file=sys.stderr)
         return 130
+
+
+class _Version(argparse.Action):
+    """Like argparse's, but the version is looked up only when asked for."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str, help: str | None = None) -> None:
+        super().__init__(option_strings, dest, nargs=0, help=help)
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        print(f"fusedrnn {fr.__version__}")
+        parser.exit()
 
 
 def info(args: argparse.Namespace) -> int:
@@ -74,11 +93,13 @@ def nonnegative_float(text: str) -> float:
     return _number(text, float, "a number of 0 or more", lambda value: 0 <= value < math.inf)
 
 
-def _number(text: str, kind, expected: str, accept):
+def _number(
+    text: str, kind: Callable[[str], Number], expected: str, accept: Callable[[Number], bool]
+) -> Number:
     try:
         value = kind(text)
+        if accept(value):
+            return value
     except ValueError:
-        value = None
-    if value is None or not accept(value):
-        raise argparse.ArgumentTypeError(f"must be {expected}, got {text!r}")
-    return value
+        pass  # not a number at all: the same message
+    raise argparse.ArgumentTypeError(f"must be {expected}, got {text!r}")

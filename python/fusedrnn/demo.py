@@ -1,40 +1,45 @@
 """A character-level language model trained through the fused kernels: `fusedrnn demo`.
 
-The recurrent layer is fusedrnn's; the one-hot input, the softmax layer and Adam are NumPy, written out below, so that
-this file is also an example of training without a framework. It tunes nothing and keeps no checkpoints.
+With `_charmodel.py`, the model and Adam in NumPy, it is also an example of training without a framework. It
+tunes nothing and keeps no checkpoints.
 
-Shapes: T time steps, B parallel streams of text, H hidden size, V vocabulary size.
+Shapes: T time steps, B parallel streams of text, N characters.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import importlib.util
 import math
+import os
 import signal
 import sys
 import sysconfig
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
 import fusedrnn as fr
+from fusedrnn._charmodel import CELLS, UNKNOWN, Adam, CharModel, sample, softmax_cross_entropy
 from fusedrnn._cli import CommandError, natural, nonnegative_float, positive_float, positive_int
 
-CELLS = {"rnn": fr.RNN, "gru": fr.GRU, "lstm": fr.LSTM}
+__all__ = ["Adam", "add_arguments", "run", "softmax_cross_entropy"]  # the examples train with the same Adam
+
 LEARNING_RATES = {"rnn": 2e-3, "gru": 5e-3, "lstm": 8e-3}
 MAX_GRADIENT_NORM = 0.5
+CHECKS = 15  # of the held-out text while training
 STEPS = 32  # time steps per update: how far back a gradient reaches
 VOCABULARY_LIMIT = 96  # printable ASCII and the line feed are 96 characters
-UNKNOWN = "\N{REPLACEMENT CHARACTER}"  # stands for every character outside the vocabulary
 HELD_OUT_SHARE = 0.03
 MAX_HELD_OUT = 200_000  # characters
+PROMPT = 400  # characters of the held-out text that the sample continues
 MIN_TEXT = 1_000  # characters
 BITS = 1 / math.log(2)  # nats to bits
 
@@ -54,7 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--batch",
         type=positive_int,
-        default=32,
+        default=16,
         help="streams of text learnt side by side (default: %(default)s)",
     )
     parser.add_argument(
@@ -80,9 +85,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--temperature",
         type=nonnegative_float,
-        default=0.5,
-        help="of the sample: 0 takes the likeliest character, 1 the model's own odds "
-        "(default: %(default)g)",
+        default=0.7,
+        help="of the sample: 0 takes the likeliest character, 1 the model's own odds (default: %(default)g)",
     )
     parser.add_argument(
         "--sample", type=natural, default=600, metavar="N", help="characters to sample (default: %(default)s)"
@@ -97,11 +101,34 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+@contextlib.contextmanager
+def blas_on_one_thread() -> Iterator[None]:
+    """Threads of NumPy's BLAS spin on after a product, on the very cores that the kernels need next."""
+    if importlib.util.find_spec("threadpoolctl"):
+        from threadpoolctl import threadpool_limits
+
+        with threadpool_limits(1, "blas"):
+            yield
+    else:
+        yield
+
+
+@blas_on_one_thread()
 def run(args: argparse.Namespace) -> int:
     """Train, report, save, reload, sample and plot; returns the exit status."""
-    args.out.mkdir(parents=True, exist_ok=True)
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CommandError(f"--out {args.out}: {error.strerror}") from None
+    if not os.access(args.out, os.W_OK):  # found out now, not after the training
+        raise CommandError(f"--out {args.out}: cannot be written to")
     text = read_text(args.text, args.seed)
-    model = CharModel(args.cell, args.hidden, args.layers, text.vocabulary, np.dtype(args.dtype), args.seed)
+    try:
+        model = CharModel(
+            args.cell, args.hidden, args.layers, text.vocabulary, np.dtype(args.dtype), args.seed
+        )
+    except ValueError as error:  # sizes beyond the address space
+        raise CommandError(str(error)) from None
     train_ids = in_streams(model.encode(text.train), args.batch)
     held_out_ids = in_streams(model.encode(text.held_out), args.batch)
     baseline = order0_entropy(held_out_ids)
@@ -144,8 +171,11 @@ def run(args: argparse.Namespace) -> int:
     else:
         say("curve", "not drawn: matplotlib is not installed")
 
-    say("sample", f"{args.sample} characters at temperature {args.temperature:g}, one stream.step() each\n")
-    for char in sample(reloaded, args.sample, args.temperature, np.random.default_rng(args.seed)):
+    prompt = text.held_out[:PROMPT]
+    prompt = prompt[: prompt.rfind("\n") + 1] or prompt  # whole lines, if there are any
+    how = f"temperature {args.temperature:g}, one stream.step() a character"
+    say("sample", f"the held-out text, continued; {how}\n")
+    for char in sample(reloaded, prompt, args.sample, args.temperature, np.random.default_rng(args.seed)):
         print(char, end="", flush=True)
     print()
     return 0
@@ -172,7 +202,7 @@ class Text:
 
 
 def read_text(path: Path | None, seed: int) -> Text:
-    """The text, its last part held out; without a path the standard library's files, in an order drawn from the seed."""
+    """The text, its last part held out; without a path, Python's library in an order drawn from the seed."""
     if path is None:
         name, parts = standard_library(seed)
     else:
@@ -208,16 +238,23 @@ def standard_library(seed: int) -> tuple[str, list[str]]:
 
 
 def in_streams(ids: np.ndarray, batch: int) -> np.ndarray:
-    """Cuts ids (N,) into B <= batch consecutive streams and lays them side by side: (N // B, B), time-major."""
+    """Cuts ids (N,) into B <= batch consecutive streams, side by side and time-major: (N // B, B)."""
     batch = max(1, min(batch, len(ids) // (STEPS + 1)))
     length = len(ids) // batch
     return np.ascontiguousarray(ids[: length * batch].reshape(batch, length).T)
 
 
 def windows(streams: np.ndarray) -> Iterator[np.ndarray]:
-    """Consecutive windows (T + 1, B): each one's last row is the next one's first, so every step has its target."""
+    """Windows (T + 1, B): each one's last row is the next one's first, so that every step has its target."""
     for start in range(0, len(streams) - 1, STEPS):
         yield streams[start : start + STEPS + 1]
+
+
+def passes(streams: np.ndarray) -> Iterator[tuple[bool, np.ndarray]]:
+    """Windows without end, and whether each one is the first of a pass over the text."""
+    while True:
+        for index, ids in enumerate(windows(streams)):
+            yield index == 0, ids
 
 
 def order0_entropy(ids: np.ndarray) -> float:
@@ -227,142 +264,6 @@ def order0_entropy(ids: np.ndarray) -> float:
     return float(-p @ np.log2(p))
 
 
-# Model
-
-
-def softmax_cross_entropy(logits: np.ndarray, targets: np.ndarray) -> tuple[float, np.ndarray]:
-    """Mean of -log softmax(logits)[target] in nats, and its gradient, which replaces logits (N, V); targets (N,)."""
-    rows = np.arange(len(targets))
-    logits -= logits.max(axis=1, keepdims=True)
-    chosen = logits[rows, targets].astype(np.float64)
-    np.exp(logits, out=logits)
-    total = logits.sum(axis=1, keepdims=True)
-    loss = float(np.mean(np.log(total[:, 0], dtype=np.float64) - chosen))
-    logits /= total * len(targets)
-    logits[rows, targets] -= 1 / len(targets)
-    return loss, logits
-
-
-class Adam:
-    """Adam (Kingma and Ba 2015, arXiv:1412.6980, algorithm 1), in place on a list of arrays."""
-
-    def __init__(
-        self,
-        params: Sequence[np.ndarray],
-        lr: float = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-    ) -> None:
-        self.params, self.lr, self.betas, self.eps = list(params), lr, betas, eps
-        self.moments = [(np.zeros_like(p), np.zeros_like(p)) for p in self.params]
-        self.scratch = [np.empty_like(p) for p in self.params]
-        self.count = 0
-
-    def step(self, grads: Sequence[np.ndarray]) -> None:
-        self.count += 1
-        b1, b2 = self.betas
-        correction1, correction2 = 1 - b1**self.count, 1 - b2**self.count
-        for p, g, (m, v), scratch in zip(self.params, grads, self.moments, self.scratch, strict=True):
-            m *= b1
-            m += np.multiply(g, 1 - b1, out=scratch)
-            v *= b2
-            np.multiply(g, g, out=scratch)
-            scratch *= 1 - b2
-            v += scratch
-            np.divide(v, correction2, out=scratch)
-            np.sqrt(scratch, out=scratch)
-            scratch += self.eps
-            np.divide(m, scratch, out=scratch)
-            scratch *= self.lr / correction1
-            p -= scratch
-
-
-class CharModel:
-    """One-hot characters -> recurrent layers -> softmax over the next character."""
-
-    def __init__(
-        self, cell: str, hidden: int, layers: int, vocabulary: str, dtype: np.dtype, seed: int
-    ) -> None:
-        self.cell, self.vocabulary = cell, vocabulary
-        self.rnn = CELLS[cell](len(vocabulary), hidden, layers, dtype=dtype, seed=seed)
-        bound = hidden**-0.5
-        self.weight = (
-            np.random.default_rng(seed).uniform(-bound, bound, (len(vocabulary), hidden)).astype(dtype)
-        )
-        self.bias = np.zeros(len(vocabulary), dtype)
-        self.one_hot = np.eye(len(vocabulary), dtype=dtype)
-        if (
-            cell == "lstm"
-        ):  # gates that start open remember from the start (Jozefowicz et al. 2015, section 2.2)
-            for layer in range(layers):
-                self.rnn.params[f"bias_ih_l{layer}"][hidden : 2 * hidden] = 1
-
-    @property
-    def params(self) -> list[np.ndarray]:
-        return [self.rnn.flat_params, self.weight, self.bias]
-
-    @property
-    def size(self) -> int:
-        return sum(p.size for p in self.params)
-
-    def encode(self, text: str) -> np.ndarray:
-        codes = np.frombuffer(text.encode("utf-32-le"), np.uint32)
-        known, ids = np.unique(np.array([ord(c) for c in self.vocabulary], np.uint32), return_index=True)
-        at = np.searchsorted(known, codes).clip(max=len(known) - 1)
-        return np.where(known[at] == codes, ids[at], self.vocabulary.index(UNKNOWN))
-
-    def loss(self, ids: np.ndarray, state):
-        """Mean loss in nats of ids[1:] given ids[:-1], and the state after; ids (T + 1, B)."""
-        y, state = self.rnn(self.one_hot[ids[:-1]], state)
-        loss, _ = softmax_cross_entropy(self.logits(y), ids[1:].ravel())
-        return loss, state
-
-    def loss_and_gradients(self, ids: np.ndarray, state):
-        """Likewise, with the gradients of `params` in their order. They stop at the window's first step."""
-        y, state, tape = self.rnn.forward(self.one_hot[ids[:-1]], state)
-        loss, dlogits = softmax_cross_entropy(self.logits(y), ids[1:].ravel())
-        dy = (dlogits @ self.weight).reshape(y.shape)
-        grads = self.rnn.backward(tape, dy, wrt=("params",))
-        return loss, state, [grads.flat, dlogits.T @ y.reshape(len(dlogits), -1), dlogits.sum(axis=0)]
-
-    def logits(self, y: np.ndarray) -> np.ndarray:
-        """(..., H) to (N, V)."""
-        logits = y.reshape(-1, y.shape[-1]) @ self.weight.T
-        logits += self.bias
-        return logits
-
-    def save(self, path: Path) -> None:
-        np.savez(
-            path,
-            cell=self.cell,
-            layers=self.rnn.num_layers,
-            vocabulary=np.array([ord(c) for c in self.vocabulary]),
-            weight=self.weight,
-            bias=self.bias,
-            **{f"{self.cell}.{key}": array for key, array in self.rnn.state_dict().items()},
-        )
-
-    @classmethod
-    def load(cls, path: Path) -> CharModel:
-        with np.load(path) as file:
-            arrays = dict(file)
-        cell = str(arrays["cell"])
-        model = cls(
-            cell,
-            arrays["weight"].shape[1],
-            int(arrays["layers"]),
-            "".join(map(chr, arrays["vocabulary"])),
-            arrays["weight"].dtype,
-            seed=0,
-        )
-        model.weight[:], model.bias[:] = arrays["weight"], arrays["bias"]
-        prefix = f"{cell}."
-        model.rnn.load_state_dict(
-            {key.removeprefix(prefix): array for key, array in arrays.items() if key.startswith(prefix)}
-        )
-        return model
-
-
 def evaluate(model: CharModel, streams: np.ndarray) -> float:
     """Bits per character over streams (N, B), the state carried from window to window."""
     total, state = 0.0, None
@@ -370,22 +271,6 @@ def evaluate(model: CharModel, streams: np.ndarray) -> float:
         loss, state = model.loss(ids, state)
         total += loss * (len(ids) - 1)
     return total * BITS / (len(streams) - 1)
-
-
-def sample(model: CharModel, length: int, temperature: float, rng: np.random.Generator) -> Iterator[str]:
-    """Characters drawn one by one, each fed back as the next step's input; the first follows a line feed."""
-    stream = model.rnn.freeze().stream()
-    h = np.empty(model.rnn.hidden_size, model.weight.dtype)
-    index = int(model.encode("\n")[0])
-    for _ in range(length):
-        stream.step(model.one_hot[index], out=h)
-        logits = model.logits(h)[0].astype(np.float64)
-        if temperature == 0:
-            index = int(logits.argmax())
-        else:
-            odds = np.exp((logits - logits.max()) / temperature)
-            index = int(rng.choice(len(odds), p=odds / odds.sum()))
-        yield model.vocabulary[index]
 
 
 # Training
@@ -413,34 +298,31 @@ def train(
 ) -> History:
     """Truncated back-propagation through time: the state is carried across windows, gradients are not.
 
-    The step size warms up over the first fiftieth and falls along a cosine, over `updates` or else over `seconds`.
+    The step size warms up over the first fiftieth, then falls along a cosine, over `updates` or `seconds`.
     """
     history, adam = History(), Adam(model.params, betas=(0.9, 0.99))
-    probe = held_out_ids[: 8 * STEPS + 1]
-    checks, done, smooth = 0, 0.0, None
+    probe = held_out_ids[: 32 * STEPS + 1]  # the beginning of every stream
+    done, smooth, state = 0.0, 0.0, None
     start = time.perf_counter()
-    with ending_on_ctrl_c() as ended, blas_on_one_thread(), progress_bar() as show:
-        while done < 1 and not ended.is_set():
-            state = None
-            for ids in windows(train_ids):
-                begun = time.perf_counter()
-                adam.lr = learning_rate * min(done / 0.02 + 0.01, 0.5 + 0.5 * math.cos(math.pi * done))
-                loss, state, grads = model.loss_and_gradients(ids, state)
-                fr.clip_grad_norm(grads, MAX_GRADIENT_NORM)
-                adam.step(grads)
-                history.seconds += time.perf_counter() - begun
+    with ending_on_ctrl_c() as ended, progress_bar() as show:
+        for first, ids in passes(train_ids):
+            begun = time.perf_counter()
+            adam.lr = learning_rate * min(done / 0.02 + 0.01, 0.5 + 0.5 * math.cos(math.pi * done))
+            loss, state, grads = model.loss_and_gradients(ids, None if first else state)
+            fr.clip_grad_norm(grads, MAX_GRADIENT_NORM)
+            adam.step(grads)
+            history.seconds += time.perf_counter() - begun
 
-                bits = loss * BITS
-                smooth = bits if smooth is None else 0.98 * smooth + 0.02 * bits
-                history.characters += ids[1:].size
-                history.train.append((history.characters, bits))
-                done = len(history.train) / updates if updates else (time.perf_counter() - start) / seconds
-                if done * 15 >= checks + 1 and done < 1:
-                    checks = int(done * 15)
-                    history.held_out.append((history.characters, evaluate(model, probe)))
-                show(done, f"{smooth:.2f} bits/char, {history.speed:,.0f} chars/s")
-                if done >= 1 or ended.is_set():
-                    break
+            bits = loss * BITS
+            smooth = 0.98 * smooth + 0.02 * bits if history.train else bits
+            history.characters += ids[1:].size
+            history.train.append((history.characters, bits))
+            done = len(history.train) / updates if updates else (time.perf_counter() - start) / seconds
+            show(min(done, 1.0), f"{smooth:.2f} bits/char, {history.speed:,.0f} chars/s")
+            if done >= 1 or ended.is_set():
+                break
+            if int(done * CHECKS) > len(history.held_out):
+                history.held_out.append((history.characters, evaluate(model, probe)))
     return history
 
 
@@ -464,19 +346,7 @@ def ending_on_ctrl_c() -> Iterator[threading.Event]:
 
 
 @contextlib.contextmanager
-def blas_on_one_thread() -> Iterator[None]:
-    """Threads of NumPy's BLAS go on spinning after a product, on the very cores that the recurrent kernels need next."""
-    if importlib.util.find_spec("threadpoolctl"):
-        from threadpoolctl import threadpool_limits
-
-        with threadpool_limits(1, "blas"):
-            yield
-    else:
-        yield
-
-
-@contextlib.contextmanager
-def progress_bar():
+def progress_bar() -> Iterator[Callable[[float, str], None]]:
     """A function show(share done, message): tqdm's bar, or a plain line every tenth where tqdm is missing."""
     if importlib.util.find_spec("tqdm"):
         from tqdm import tqdm
@@ -491,7 +361,7 @@ def progress_bar():
 
             def show(done: float, message: str) -> None:
                 bar.set_postfix_str(message, refresh=False)
-                bar.update(min(done, 1.0) - bar.n)
+                bar.update(done - bar.n)
 
             yield show
     else:
@@ -501,7 +371,7 @@ def progress_bar():
             nonlocal shown
             if int(done * 10) > shown:
                 shown = int(done * 10)
-                print(f"{min(done, 1.0):4.0%}  {message}", file=sys.stderr, flush=True)
+                print(f"{done:4.0%}  {message}", file=sys.stderr, flush=True)
 
         yield show
 
@@ -523,13 +393,14 @@ def plot_loss(path: Path, history: History, baseline: float, title: str) -> None
     ax.plot(checked / 1e6, held_out, color=strong, linewidth=2, marker="o", markersize=4)
     ax.axhline(baseline, color=grey, linewidth=1, linestyle=(0, (5, 3)))
     end = seen[-1] / 1e6
-    ax.annotate(f"{baseline:.2f}: frequencies of characters alone (order-0 entropy)", (end, baseline), (0, 4),
-                textcoords="offset points", ha="right", color=ink, fontsize=9)
-    ax.annotate(f"{held_out[-1]:.2f}\nheld-out text", (end, held_out[-1]), (8, 0), textcoords="offset points",
-                ha="left", va="center", color=strong, fontsize=10, fontweight="bold", annotation_clip=False)
-    middle = len(bits) // 3
-    ax.annotate("training, each update", (seen[middle] / 1e6, bits[middle:middle + len(bits) // 10 + 1].max()), (0, 6),
-                textcoords="offset points", ha="left", color="#4a90c2", fontsize=9)
+    label = functools.partial(ax.annotate, textcoords="offset points", annotation_clip=False)
+    text = f"{baseline:.2f}: frequencies of characters alone (order-0 entropy)"
+    label(text, (end, baseline), (0, 4), ha="right", color=ink, fontsize=9)
+    text = f"{held_out[-1]:.2f}\nheld-out text"
+    label(text, (end, held_out[-1]), (8, 0), va="center", color=strong, fontsize=10, fontweight="bold")
+    third = len(bits) // 3
+    height = bits[third : third + len(bits) // 8 + 1].max()
+    label("training, each update", (seen[third] / 1e6, height), (0, 6), color="#4a90c2", fontsize=9)
     ax.set(xlim=(0, end), ylim=(0, max(bits[0], baseline) * 1.05))
     ax.set_xlabel("characters seen, millions", fontsize=10, color=ink)
     ax.tick_params(colors=ink, labelsize=9, length=3)

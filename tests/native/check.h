@@ -38,6 +38,6 @@ class Random {
   uint64_t state_;
 };
 
-void test_machinery();  // memory, pool, barrier, fork: test_machinery.cpp
+void test_machinery(bool forks);  // memory, pool, barrier, fork: test_machinery.cpp
 
 }  // namespace fusedrnn::tests

@@ -1,0 +1,38 @@
+"""Code compiled for one ISA must not be reachable under a name that another translation unit may share.
+
+The linker keeps one copy of a weak function: were it the AVX-512 one, older CPUs would die of it. So every function that
+a kernels_<isa> object offers must be in that ISA's namespace, and none may run at load. Constants may be shared.
+
+    check_symbols.py libfusedrnn_core.a [nm]
+"""
+
+import re
+import subprocess
+import sys
+
+LINE = re.compile(r".*\bkernels_(?P<isa>\w+)\.cpp\.o(?:bj)?:\s*[0-9a-f]* (?P<kind>\w) (?P<name>.*)")
+GLOBAL_CODE = "TWiV"  # V: a weak object that may be written
+AT_LOAD = ("_GLOBAL__sub_I", "__static_initialization_and_destruction")
+
+
+def main(archive: str, nm: str = "nm") -> int:
+    listing = subprocess.run([nm, "-A", "-C", "--defined-only", archive], check=True, capture_output=True, text=True)
+    checked: dict[str, int] = {}
+    faults = []
+    for match in filter(None, map(LINE.fullmatch, listing.stdout.splitlines())):
+        isa, kind, name = match.group("isa", "kind", "name")
+        if name.startswith(AT_LOAD):
+            faults.append(f"kernels_{isa}: {name} runs at load")
+        if kind in GLOBAL_CODE:
+            checked[isa] = checked.get(isa, 0) + 1
+            if f"fusedrnn::{isa}::" not in name:
+                faults.append(f"kernels_{isa}: {kind} {name} is outside of fusedrnn::{isa}")
+    for fault in faults:
+        print(fault)
+    counts = ", ".join(f"{isa} {count}" for isa, count in checked.items())
+    print(f"functions checked: {counts or 'none'}; {len(faults)} faults")
+    return 1 if faults or not checked else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))

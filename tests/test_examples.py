@@ -1,0 +1,67 @@
+"""Every example runs in its quick mode, and what it prints is what it promises."""
+
+import importlib.util
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+pytestmark = pytest.mark.skipif(not EXAMPLES.is_dir(), reason="the examples are not part of the package")
+
+
+def run(name: str, *options: str, cwd: Path) -> str:
+    command = [sys.executable, str(EXAMPLES / name), "--quick", *options]
+    done = subprocess.run(command, cwd=cwd, capture_output=True, encoding="utf-8", timeout=600, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_every_example_is_tested():
+    tested = {"forecast.py", "gradient_flow.py", "many_to_many.py", "many_to_one.py"}
+    assert {path.name for path in EXAMPLES.glob("*.py")} == tested
+
+
+def test_gradient_flow(tmp_path):
+    out = run("gradient_flow.py", cwd=tmp_path)
+    table = re.findall(r"^(RNN|LSTM|GRU)(.*?)((?: +\d+e[+-]\d+)+)$", out, re.MULTILINE)
+    norms = {cell + panel.rstrip(): [float(number) for number in row.split()] for cell, panel, row in table}
+    assert len(norms) == 5
+    # After 60 steps: the plain RNN vanishes at the smallest weights and explodes at the largest, half-open gates
+    # vanish as well, open ones keep the gradient within a few powers of ten at every scale.
+    assert norms["RNN (tanh)"][0] < 1e-8
+    assert norms["RNN (tanh)"][-1] > 1e4
+    assert norms["LSTM"][0] < 1e-8
+    assert norms["GRU"][0] < 1e-8
+    assert all(1e-3 < norm < 1e5 for norm in norms["LSTM, forget gate open"])
+    assert all(1e-1 < norm < 1e2 for norm in norms["GRU, update gate open"])
+    if importlib.util.find_spec("matplotlib"):
+        assert (tmp_path / "gradient_flow.png").read_bytes().startswith(b"\x89PNG")
+    else:
+        assert "matplotlib is not installed" in out
+
+
+def test_many_to_one(tmp_path):
+    out = run("many_to_one.py", cwd=tmp_path)
+    right = re.search(r"([\d.]+)% of 2,000 new sequences classified right", out)
+    assert float(right[1]) > 90  # guessing: 25
+
+
+def test_many_to_many(tmp_path):
+    out = run("many_to_many.py", cwd=tmp_path)
+    right = re.search(r"([\d.]+)% of 50 sums of 500 bits right in every bit", out)
+    assert float(right[1]) > 90  # one bit wrong in 500 makes a sum wrong
+    a, b, total = (int(number.replace(",", "")) for number in re.findall(r"\d[\d,]{10,}", out))
+    assert a + b == total
+
+
+def test_forecast(tmp_path):
+    out = run("forecast.py", cwd=tmp_path)
+    errors = re.findall(r"^(.+?)  +([\d.]+)$", out, re.MULTILINE)
+    by_name = {name: float(error) for name, error in errors}
+    # The baselines are facts of the series, not of this package.
+    assert by_name["same as this year"] == 30.4
+    assert by_name["autoregression of order 2"] == 19.0
+    assert by_name["order 2 and 2 GRUs"] < by_name["autoregression of order 2"]
