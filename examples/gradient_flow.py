@@ -22,9 +22,9 @@ SCALES = (1, 2, 4, 8)  # times PyTorch's initial weights, U(-1/sqrt(H), 1/sqrt(H
 OPEN = 5.0  # bias of the gate that keeps the state: sigmoid(5) = 0.993
 
 EXPLANATION = """\
-RNN: every step back multiplies by the same matrix. The gradient dies if it is small, explodes if large.
-LSTM, GRU: a gate times the state is also carried past the matrix; at 1/2 it halves each step, gone as fast.
-Gates held open (bias 5, sigmoid 0.993) keep it: the gradient arrives 200 steps back at all these scales.
+RNN: every step back multiplies by the same matrix: small, it makes the gradient vanish; large, explode.
+LSTM, GRU: the state also passes by that matrix, through a gate; half-open, it halves the gradient each step.
+Gates held open (bias 5, sigmoid 0.993) let it through: it arrives 200 steps back, whatever the scale.
 """
 
 

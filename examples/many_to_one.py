@@ -14,7 +14,7 @@ import numpy as np
 import fusedrnn as fr
 from fusedrnn.demo import Adam, softmax_cross_entropy
 
-NOISE, X, Y = 4, 4, 5  # symbols 0..3 are noise
+NOISE = X = 4  # symbols 0..3 are noise, 4 is X and 5 is Y
 SYMBOLS, CLASSES = 6, 4
 SHORTEST, LONGEST = 30, 50
 HIDDEN, BATCH = 48, 64

@@ -266,7 +266,11 @@ def test_parameters_are_views_of_one_buffer(make_layer, cell, normal):
     before, _ = layer(x)
     layer.params["weight_hh_l0"][...] = 0
     layer.params["weight_ih_l0"] = np.zeros_like(layer.params["weight_ih_l0"])
+    layer.flat_params *= 0.5  # in place, through the property
     assert layer.flat_params is buffer
+    np.testing.assert_array_equal(layer.params["weight_ih_l0"].ravel(), buffer[: layer.params["weight_ih_l0"].size])
+    with pytest.raises(ValueError, match="flat_params must have shape"):
+        layer.flat_params = buffer[:-1]
     assert np.count_nonzero(buffer) == 2 * layer.params["bias_ih_l0"].size
     assert not np.array_equal(layer(x)[0], before)
     buffer[:] = 0

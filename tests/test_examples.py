@@ -29,8 +29,8 @@ def test_gradient_flow(tmp_path):
     table = re.findall(r"^(RNN|LSTM|GRU)(.*?)((?: +\d+e[+-]\d+)+)$", out, re.MULTILINE)
     norms = {cell + panel.rstrip(): [float(number) for number in row.split()] for cell, panel, row in table}
     assert len(norms) == 5
-    # After 60 steps: the plain RNN vanishes at the smallest weights and explodes at the largest, half-open gates
-    # vanish as well, open ones keep the gradient within a few powers of ten at every scale.
+    # After 60 steps: the plain RNN vanishes at the smallest weights and explodes at the largest, half-open
+    # gates vanish as well, open ones keep the gradient within a few powers of ten at every scale.
     assert norms["RNN (tanh)"][0] < 1e-8
     assert norms["RNN (tanh)"][-1] > 1e4
     assert norms["LSTM"][0] < 1e-8

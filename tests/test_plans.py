@@ -81,3 +81,19 @@ def test_chunks_of_backward_and_the_blocks_of_its_reductions(cell, dtype):
     for threads, chunk_rows in ((1, 130), (2, 131), (1, 1000), (3, 4095), (1, 4096), (2, 4097), (1, 9750)):
         with fr.num_threads(threads), plan(chunk_rows=chunk_rows):
             assert_same_bits(run(call), want)
+
+
+def test_trace_prints_the_plan_and_the_estimate_beside_the_time():
+    code = (
+        "import numpy as np, fusedrnn as fr; layer = fr.GRU(5, 7, num_layers=2, seed=0); "
+        "x = np.ones((3, 2, 5), np.float32); y, _, tape = layer.forward(x); layer.backward(tape, y)"
+    )
+    env = {**os.environ, "FUSEDRNN_TRACE": "1"}
+    lines = subprocess.run(
+        [sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True
+    ).stderr.splitlines()
+    assert [line.split(":")[1].strip() for line in lines] == [
+        f"{which} gru layer {layer}" for which, layer in (("forward", 0), ("forward", 1), ("backward", 1), ("backward", 0))
+    ]
+    for line in lines:
+        assert re.search(r"T=3 B=2 I=\d H=7 float32, \S+: \d+ row x \d+ unit threads.*expected \d+ us, took \d+$", line)

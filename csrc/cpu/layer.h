@@ -390,7 +390,7 @@ struct Backward {
         outer_product(Cell::recurrent[p], H, a.h_panel[p], a.dw_hh, a.sum_w_hh, rows, done, last);
     }
     if (a.db_ih) bias_gradients(rows, done, last);
-    if (a.dx.base) input_gradients(hi, rows);
+    if (a.dx.base) input_gradients(lo, hi);
   }
 
   // This rank's share of n tasks.
@@ -423,9 +423,10 @@ struct Backward {
 
   // dw[gate(slot) * H + u][n] += sum over rows of gates[slot, u] * panel[n], for the slots of a span.
   void outer_product(Span span, int64_t N, const T* panel, T* dw, T* sum, int64_t rows, int64_t done, bool last) const {
-    const Cut columns{ceil_div(N, L), ceil_div(ceil_div(N, L), 4)};
+    constexpr int wide = 3;  // then the rows of a tile divide the lanes of a vector
+    const Cut columns{ceil_div(N, L), ceil_div(ceil_div(N, L), wide)};
     Cut cut = tasks(blocks * columns.pieces);
-    alignas(64) T scratch[8 * 4 * L];
+    alignas(64) T scratch[8 * wide * L];
     Tile<T> t;
     t.segments = 1, t.a_stride = slots, t.a_segment = 0, t.b_block = panel_stride;
     for (int64_t task = cut.begin(team.rank); task < cut.begin(team.rank + 1); ++task) {
@@ -440,7 +441,7 @@ struct Backward {
         const bool adds = a.adds || done + r0 >= reduction_rows;
         t.k = r1 - r0;
         t.b = panel + n0 * t.b_block + r0 * L;
-        const Cut lane{block_width<T>(H, b), ceil_div(block_width<T>(H, b), tile_max_rows(4))};
+        const Cut lane{block_width<T>(H, b), ceil_div(block_width<T>(H, b), tile_max_rows(wide))};
         const int64_t tiles = span.count * lane.pieces;
         const auto first_row = [&](int64_t i) {  // of tile i in dw
           return (Cell::slot_gate[span.first + i / lane.pieces] * H + b * L + lane.begin(i % lane.pieces)) * N + n0 * L;
@@ -453,7 +454,7 @@ struct Backward {
             for (int r = 0; r < n; ++r) prefetch<true>((sum ? sum : dw) + first_row(i + 1) + r * N, width);
           for (int r = 0; r < n; ++r) {
             t.a[r] = gates(b, batch + r0) + (span.first + i / lane.pieces) * L + lane0 + r;
-            t.cout[r] = whole ? to + r * N : scratch + r * 4 * L;
+            t.cout[r] = whole ? to + r * N : scratch + r * wide * L;
             t.cin[r] = starts ? f.zeros : t.cout[r];
             if (!starts && !whole)
               for (int64_t v = 0; v < width; ++v) t.cout[r][v] = to[r * N + v];
@@ -501,32 +502,36 @@ struct Backward {
     }
   }
 
-  // dx = W_ih^T times the gradients of the slots that x feeds.
-  void input_gradients(int64_t hi, int64_t rows) const {
+  // dx = W_ih^T times the gradients of the slots that x feeds. Each thread takes the rows whose gradients it computed, and
+  // those that share rows split the columns.
+  void input_gradients(int64_t lo, int64_t hi) const {
+    int64_t rows = 0;
+    for (int64_t s = lo; s <= hi; ++s) rows += forward.running(s) - share.j0;
+    if (rows == 0) return;
     const Tiling<T, 1> tiling(rows, ceil_div(f.I, L));
-    Cut cut = tasks(tiling.block.pieces * tiling.row.pieces);
+    const Cut mine{tiling.block.pieces, team.plan.unit_threads};
+    const int part = team.rank % team.plan.unit_threads;
     alignas(64) T scratch[8 * tile_max_vectors * L];
     Tile<T> t;
     t.k = Cell::input.count * L, t.segments = blocks, t.a_stride = 1, t.a_segment = a.gates_block;
     t.b_block = a.ih_block, t.cin_block = 0, t.cout_block = L;
-    Walk at{f.schedule.active, hi, 0};
-    int64_t walked = 0;
-    for (int64_t task = cut.begin(team.rank); task < cut.begin(team.rank + 1); ++task) {
-      const int64_t g = task / tiling.row.pieces, p = task % tiling.row.pieces;
-      const int64_t n0 = tiling.block.begin(g), vectors = tiling.block.begin(g + 1) - n0, r0 = tiling.row.begin(p);
-      const int n = int(tiling.row.begin(p + 1) - r0);
-      if (r0 < walked) at = {f.schedule.active, hi, 0}, walked = 0;
-      at.skip(r0 - walked);
+    for (int64_t g = mine.begin(part); g < mine.begin(part + 1); ++g) {
+      const int64_t n0 = tiling.block.begin(g), vectors = tiling.block.begin(g + 1) - n0;
       t.b = a.w_ih_t + n0 * a.ih_block;
-      for (int r = 0; r < n; ++r) {
-        t.a[r] = gates(0, batch + r0 + r) + Cell::input.first * L;
-        t.cin[r] = f.zeros;
-        t.cout[r] = scratch + r * tile_max_vectors * L;
+      int64_t s = hi, j = share.j0, before = 0;  // row (s, j) of the chunk is number before + j
+      for (int64_t p = 0; p < tiling.row.pieces; ++p) {
+        const int n = int(tiling.row.begin(p + 1) - tiling.row.begin(p));
+        T* to[8];
+        for (int r = 0; r < n; ++r, ++j) {
+          while (j >= forward.running(s)) before += f.schedule.active[s], --s, j = share.j0;
+          t.a[r] = gates(0, batch + before + j) + Cell::input.first * L;
+          t.cin[r] = f.zeros;
+          t.cout[r] = scratch + r * tile_max_vectors * L;
+          to[r] = a.dx.at(s, j) + n0 * L;
+        }
+        run_tile<T, 1>(n, int(vectors), t);
+        for (int r = 0; r < n; ++r) add_to(to[r], t.cout[r], smallest(f.I - n0 * L, vectors * L), a.dx_adds);
       }
-      run_tile<T, 1>(n, int(vectors), t);
-      for (int r = 0; r < n; ++r, at.skip(1))
-        add_to(a.dx.at(at.s, at.j) + n0 * L, t.cout[r], smallest(f.I - n0 * L, vectors * L), a.dx_adds);
-      walked = r0 + n;
     }
   }
 };

@@ -23,8 +23,8 @@ constexpr double barrier_ns = 500.0;          // two hand-overs between cores th
 constexpr double tile_ns = 8.0;
 constexpr double start_ns = 3000.0;           // handing a call to another thread and waiting for it
 
-// The time of one layer's recurrence over all steps, cut `rows` x `units` ways.
-double recurrence_ns(const LayerSize& size, const Machine& machine, int rows, int units, bool forward) {
+// The time of one layer over all steps, cut `rows` x `units` ways.
+double layer_ns(const LayerSize& size, const Machine& machine, int rows, int units, bool forward) {
   const double B = double(ceil_div(size.B, rows));
   const double blocks = double(ceil_div(ceil_div(size.H, size.lanes), units));
   const double gates = size.cell->gates, vector_bytes = size.lanes * size.element_bytes;
@@ -40,8 +40,10 @@ double recurrence_ns(const LayerSize& size, const Machine& machine, int rows, in
     const double row_bytes = double(size.H) * size.element_bytes * (forward ? 1.0 : gates);
     step += B * row_bytes * (units - 1) / units / exchange_bytes_per_ns + barrier_ns * size.cell->phases;
   }
-  const double input = forward ? B * blocks * gates * double(size.I) / fma_per_ns : 0;
-  return double(size.T) * (step + input) + (rows * units > 1 ? start_ns : 0);
+  // The input product; in backward, the gradients of x and of both weight matrices.
+  const double products = forward ? double(size.I) : double(2 * size.I + size.H);
+  const double rest = B * blocks * gates * products / fma_per_ns;
+  return double(size.T) * (step + rest) + (rows * units > 1 ? start_ns : 0);
 }
 
 Plan cut(const LayerSize& size, const Machine& machine, int threads, bool forward) {
@@ -55,10 +57,11 @@ Plan cut(const LayerSize& size, const Machine& machine, int threads, bool forwar
       if (override_values.row_threads > 0 &&
           rows != std::min<int64_t>({override_values.row_threads, threads / units, size.B}))
         continue;
-      const double ns = recurrence_ns(size, machine, rows, units, forward);
+      const double ns = layer_ns(size, machine, rows, units, forward);
       if (best_ns == 0 || ns < best_ns) best_ns = ns, best.row_threads = rows, best.unit_threads = units;
     }
   }
+  best.estimated_us = best_ns * 1e-3;
   return best;
 }
 

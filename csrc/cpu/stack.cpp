@@ -1,5 +1,8 @@
 #include "cpu/stack.h"
 
+#include <stdio.h>
+#include <stdlib.h>
+
 #include <algorithm>
 #include <atomic>
 #include <chrono>
@@ -113,6 +116,40 @@ template <class T>
 int64_t block_stride(int64_t K, int64_t count) {
   return (K * count + 1) * kernels<T>().lanes;
 }
+
+// With FUSEDRNN_TRACE=1, rank 0 prints each layer's plan, what the cost model expected, and what it took.
+class Trace {
+ public:
+  Trace(const char* pass, int rank) : pass_(pass), on_(rank == 0 && enabled()) {
+    if (on_) start_ = Clock::now();
+  }
+  void layer(const Spec& spec, int64_t l, int64_t T_, int64_t B, const Crew& crew, const char* dtype) {
+    if (!on_) return;
+    const Plan& plan = crew.plan(l);
+    const double us = std::chrono::duration<double, std::micro>(Clock::now() - start_).count();
+    fprintf(stderr,
+            "fusedrnn: %s %s layer %lld: T=%lld B=%lld I=%lld H=%lld %s, %s: %d row x %d unit threads%s, "
+            "%lld steps or %lld rows a chunk; expected %.0f us, took %.0f\n",
+            pass_, spec.info().name, (long long)l, (long long)T_, (long long)B, (long long)spec.input_size(l),
+            (long long)spec.H, dtype, isa().c_str(), plan.row_threads, plan.unit_threads,
+            crew.split() ? " for each direction" : "", (long long)plan.chunk_steps, (long long)plan.chunk_rows,
+            plan.estimated_us * (spec.D == 2 && !crew.split() ? 2 : 1), us);
+    start_ = Clock::now();
+  }
+
+ private:
+  using Clock = std::chrono::steady_clock;
+  static bool enabled() {
+    static const bool on = [] {
+      const char* text = getenv("FUSEDRNN_TRACE");
+      return text && *text && *text != '0';
+    }();
+    return on;
+  }
+  const char* pass_;
+  bool on_;
+  Clock::time_point start_;
+};
 
 struct Dropout {
   double p;
@@ -340,6 +377,7 @@ void run_forward(const StackForward<T>& call, Tape<T>* tape) {
     if (own_panels) own_panels->pack(call.weights, rank, crew.threads());
     if (tape) sums.add(spec, call.weights, call.x, order, rank, crew.threads());
     crew.wait();
+    Trace trace("forward", rank);
     for (int64_t l = 0; l < spec.L; ++l) {
       if (l > 0 && drops) {
         Dropout{tape->dropout, tape->seed}.apply<T>(tape->y[l - 1], between, T_ * B * width, l, rank, crew.threads());
@@ -349,6 +387,7 @@ void run_forward(const StackForward<T>& call, Tape<T>* tape) {
         kernels<T>().cell[spec.cell].forward(args[l * spec.D + d], team);
       });
       crew.wait();
+      trace.layer(spec, l, T_, B, crew, sizeof(T) == 4 ? "float32" : "float64");
     }
   });
   if (tape) tape->x_sum = sums.x, tape->weights_sum = sums.weights;
@@ -500,6 +539,7 @@ void run_backward(const StackBackward<T>& call) {
                           part.end, t.w_hh[p], t.hh_block[p]);
     }
     crew.wait();
+    Trace trace("backward", rank);
     for (int64_t l = spec.L - 1; l >= 0; --l) {
       if (l > 0 && drops) dropout.apply<T>(tape.y[l - 1], masked, T_ * B * width, l, rank, threads);
       crew.wait();
@@ -507,6 +547,7 @@ void run_backward(const StackBackward<T>& call) {
         k.cell[spec.cell].backward(args[l * spec.D + d], team);
       });
       crew.wait();
+      trace.layer(spec, l, T_, B, crew, sizeof(T) == 4 ? "float32" : "float64");
       if (crew.split() && dx[l].data) {
         const int64_t I = spec.input_size(l);
         Part part(order.from.size(), rank, threads);

@@ -158,7 +158,10 @@ Pool& pool() {
   std::call_once(once, [] {
     the_pool = new Pool;
 #if defined(__unix__) || defined(__APPLE__)
-    pthread_atfork(nullptr, nullptr, [] { the_pool = new Pool; });
+    pthread_atfork(nullptr, nullptr, [] {
+      the_pool = new Pool;
+      stalls = 0, retreat_until = 0, retreat_length = shortest_retreat.count();
+    });
 #endif
   });
   return *the_pool.load();

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -97,13 +98,13 @@ class CharModel:
         at = np.searchsorted(known, codes).clip(max=len(known) - 1)
         return np.where(known[at] == codes, ids[at], self.vocabulary.index(UNKNOWN))
 
-    def loss(self, ids: np.ndarray, state):
+    def loss(self, ids: np.ndarray, state: Any) -> tuple[float, Any]:
         """Mean loss in nats of ids[1:] given ids[:-1], and the state after; ids (T + 1, B)."""
         y, state = self.rnn(self.one_hot[ids[:-1]], state)
         loss, _ = softmax_cross_entropy(self.logits(y), ids[1:].ravel())
         return loss, state
 
-    def loss_and_gradients(self, ids: np.ndarray, state):
+    def loss_and_gradients(self, ids: np.ndarray, state: Any) -> tuple[float, Any, list[np.ndarray]]:
         """Likewise, with the gradients of `params` in their order. They stop at the window's first step."""
         y, state, tape = self.rnn.forward(self.one_hot[ids[:-1]], state)
         loss, dlogits = softmax_cross_entropy(self.logits(y), ids[1:].ravel())
@@ -113,7 +114,7 @@ class CharModel:
 
     def logits(self, y: np.ndarray) -> np.ndarray:
         """(..., H) to (N, V)."""
-        logits = y.reshape(-1, y.shape[-1]) @ self.weight.T
+        logits: np.ndarray = y.reshape(-1, y.shape[-1]) @ self.weight.T
         logits += self.bias
         return logits
 

@@ -46,7 +46,8 @@ def main(argv: list[str] | None = None) -> int:
             sub.set_defaults(run=command.run)
     args = parser.parse_args(argv)
     try:
-        return args.run(args)
+        status: int = args.run(args)
+        return status
     except BrokenPipeError:  # whoever read the output has gone; so must what is still to be flushed at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1

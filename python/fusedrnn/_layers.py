@@ -180,8 +180,18 @@ class Layer(Configured, Generic[State]):
 
     @property
     def flat_params(self) -> Array:
-        """All parameters in PyTorch's order: one writable buffer, the same for the layer's whole life."""
+        """All parameters in PyTorch's order: one writable buffer, the same for the layer's whole life.
+
+        Assigning copies in, so `layer.flat_params -= step` works as on any array.
+        """
         return self._flat
+
+    @flat_params.setter
+    def flat_params(self, values: Array) -> None:
+        if values is not self._flat:
+            self._flat[...] = _check.shaped(
+                self._stack.where, "flat_params", values, self._flat.dtype, self._flat.shape
+            )
 
     def state_dict(self) -> dict[str, Array]:
         """Copies of the parameters by PyTorch's names."""

@@ -23,6 +23,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import FrameType
 
 import numpy as np
 
@@ -334,7 +335,7 @@ def ending_on_ctrl_c() -> Iterator[threading.Event]:
         yield ended
         return
 
-    def end(signum, frame):
+    def end(signum: int, frame: FrameType | None) -> None:
         ended.set()
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
