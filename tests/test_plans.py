@@ -1,5 +1,9 @@
 """Whatever a plan is overridden with, every result keeps its bits."""
 
+import os
+import re
+import subprocess
+import sys
 from contextlib import contextmanager
 from itertools import product
 

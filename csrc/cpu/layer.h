@@ -349,6 +349,7 @@ struct Backward {
   template <int q, bool full>
   FUSEDRNN_INLINE void cell(int64_t s, int64_t now, int64_t j, int64_t b, int width, const T* product) const {
     const Lanes<T, full> lanes{width};
+    constexpr Span operand = Cell::recurrent[q == 0 ? 0 : Cell::phases - q];  // of this phase's product
     const int64_t u = b * L;
     V slot[Cell::slots], carry[Cell::states], save[Cell::saved + 1];
     V grad = V::load(product);
@@ -364,7 +365,9 @@ struct Backward {
     Cell::template backward<q>(grad, slot, carry, save, lanes.load(f.y.at(s, j) + u),
                                lanes.load(forward.h_prev(s, j) + u));
 #pragma GCC unroll 8
-    for (int i = 0; i < Cell::slots; ++i) lanes.clear_rest(slot[i]).store(to + i * L);
+    for (int i = 0; i < Cell::slots; ++i)
+      if (q == 0 || i < operand.first || i >= operand.first + operand.count)  // not those that other threads still read
+        lanes.clear_rest(slot[i]).store(to + i * L);
 #pragma GCC unroll 8
     for (int i = 0; i < Cell::states; ++i) carry[i].store(a.carry[i] + j * padded + u);
   }

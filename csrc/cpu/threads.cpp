@@ -98,7 +98,8 @@ class Pool {
       while (int(workers_.size()) < threads - 1) {
         workers_.push_back(std::make_unique<Worker>());
         int rank = int(workers_.size());
-        workers_.back()->thread = std::thread([this, rank] { serve(rank); });
+        Worker& w = *workers_.back();  // workers_ itself may move while the thread starts
+        w.thread = std::thread([this, &w, rank] { serve(w, rank); });
       }
     } catch (const std::system_error&) {  // no more threads to be had: the ones there are will do
       workers_.pop_back();
@@ -122,8 +123,7 @@ class Pool {
   }
 
  private:
-  void serve(int rank) {
-    Worker& w = *workers_[rank - 1];
+  void serve(Worker& w, int rank) {
     for (uint64_t seen = 0;;) {
       auto until = Clock::now() + spin_window;
       bool fresh = false;
