@@ -1,4 +1,4 @@
-"""Does a second thread pay in a stream? One step at a time with a pause between, alone and beside a busy process.
+"""Does a second thread pay in a stream? Steps with a pause between them, alone and beside a busy process.
 
     python -m fusedrnn.bench.stream_gaps
 

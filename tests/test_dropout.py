@@ -5,7 +5,15 @@ from math import floor, sqrt
 import numpy as np
 import pytest
 from bound import (
-    OFFERED, Case, as_tuple, assert_same_bits, assert_within_bound, draw, make_layer, run, run_reference,
+    OFFERED,
+    Case,
+    as_tuple,
+    assert_same_bits,
+    assert_within_bound,
+    draw,
+    make_layer,
+    run,
+    run_reference,
 )  # fmt: skip
 
 import fusedrnn as fr

@@ -3,7 +3,15 @@
 import numpy as np
 import pytest
 from bound import (
-    OFFERED, Case, as_tuple, assert_same_bits, assert_within_bound, draw, named, run, run_function,
+    OFFERED,
+    Case,
+    as_tuple,
+    assert_same_bits,
+    assert_within_bound,
+    draw,
+    named,
+    run,
+    run_function,
     run_reference,
 )  # fmt: skip
 from hypothesis import given, settings, strategies as st

@@ -1,7 +1,8 @@
-"""Code compiled for one ISA must not be reachable under a name that another translation unit may share.
+"""Code compiled for one ISA must not be known by a name that another translation unit may share.
 
-The linker keeps one copy of a weak function: were it the AVX-512 one, older CPUs would die of it. So every function that
-a kernels_<isa> object offers must be in that ISA's namespace, and none may run at load. Constants may be shared.
+The linker keeps one copy of a weak function: were it the AVX-512 one, older CPUs would die of it. So every
+function that a kernels_<isa> object offers must be in that ISA's namespace, and none may run at load. Constants
+may be shared.
 
     check_symbols.py libfusedrnn_core.a [nm]
 """
@@ -16,10 +17,11 @@ AT_LOAD = ("_GLOBAL__sub_I", "__static_initialization_and_destruction")
 
 
 def main(archive: str, nm: str = "nm") -> int:
-    listing = subprocess.run([nm, "-A", "-C", "--defined-only", archive], check=True, capture_output=True, text=True)
+    command = [nm, "-A", "-C", "--defined-only", archive]
+    listing = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     checked: dict[str, int] = {}
     faults = []
-    for match in filter(None, map(LINE.fullmatch, listing.stdout.splitlines())):
+    for match in filter(None, map(LINE.fullmatch, listing.splitlines())):
         isa, kind, name = match.group("isa", "kind", "name")
         if name.startswith(AT_LOAD):
             faults.append(f"kernels_{isa}: {name} runs at load")

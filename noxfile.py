@@ -1,0 +1,51 @@
+"""One command for each job: `nox -s tests`, and so on. `.ci/run` is what a change must pass."""
+
+import nox
+
+nox.options.sessions = ["tests", "lint", "typing"]
+nox.options.reuse_existing_virtualenvs = True
+
+PRESETS = ("release", "debug", "asan", "tsan", "aarch64")
+
+
+@nox.session
+def tests(session: nox.Session) -> None:
+    """The Python tests; arguments go to pytest."""
+    session.install(".[test,demo]")
+    session.run("pytest", *session.posargs)
+
+
+@nox.session
+@nox.parametrize("preset", PRESETS, ids=PRESETS)
+def native(session: nox.Session, preset: str) -> None:
+    """The core without Python, plain, under sanitizers and cross-compiled; arguments go to ctest."""
+    session.install("cmake", "ninja")
+    session.run("cmake", "--preset", preset)
+    session.run("cmake", "--build", "--preset", preset)
+    session.run("ctest", "--preset", preset, *session.posargs)
+
+
+@nox.session
+def peers(session: nox.Session) -> None:
+    """The tests with the live oracles installed."""
+    session.install(".[test,peers]")
+    session.run("pytest", *session.posargs)
+
+
+@nox.session
+def bench(session: nox.Session) -> None:
+    """The benchmark against the peers; arguments go to `fusedrnn bench`."""
+    session.install(".[plot,peers]")
+    session.run("fusedrnn", "bench", "--peers", "torch,onnxruntime,jax", *session.posargs)
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    session.install("ruff")
+    session.run("ruff", "check", *session.posargs)
+
+
+@nox.session
+def typing(session: nox.Session) -> None:
+    session.install("mypy", "numpy")
+    session.run("mypy", "--strict", "python/fusedrnn")
