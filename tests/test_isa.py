@@ -14,7 +14,7 @@ ISAS = _core.available_isas()
 linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs /proc and an affinity")
 forks = pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
 
-# On one core threads yield to each other at once; on more, a long wait makes the next calls run on one thread.
+# On one core threads yield to each other at once; on more, a long wait sends the next calls to one thread.
 ONE_CORE = "import os\nos.sched_setaffinity(0, {min(os.sched_getaffinity(0))})\n"
 
 

@@ -96,8 +96,9 @@ def test_trace_prints_the_plan_and_the_estimate_beside_the_time():
     lines = subprocess.run(
         [sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True
     ).stderr.splitlines()
-    assert [line.split(":")[1].strip() for line in lines] == [
-        f"{which} gru layer {layer}" for which, layer in (("forward", 0), ("forward", 1), ("backward", 1), ("backward", 0))
-    ]
+    order = (("forward", 0), ("forward", 1), ("backward", 1), ("backward", 0))
+    titles = [line.split(":")[1].strip() for line in lines]
+    assert titles == [f"{which} gru layer {layer}" for which, layer in order]
     for line in lines:
-        assert re.search(r"T=3 B=2 I=\d H=7 float32, \S+: \d+ row x \d+ unit threads.*expected \d+ us, took \d+$", line)
+        assert re.search(r"T=3 B=2 I=\d H=7 float32, \S+: \d+ row x \d+ unit threads", line)
+        assert re.search(r"expected \d+ us, took \d+$", line)

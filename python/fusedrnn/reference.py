@@ -28,14 +28,17 @@ Sources: RNN, Elman 1990. LSTM, Hochreiter & Schmidhuber 1997 with the forget ga
 Cho et al. 2014 (arXiv:1406.1078), section 2.3; its reset-after variant as in cuDNN. Layouts are PyTorch's.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
+from numpy.typing import ArrayLike, NDArray
 
-Array = np.ndarray
+Array = NDArray[np.float64]
 Arrays = tuple[Array, ...]
+Opt = ArrayLike | None  # what goes in where None has a meaning
+Choice = TypeVar("Choice")
 
 
 class Params(NamedTuple):
@@ -46,6 +49,8 @@ class Params(NamedTuple):
     b_ih: Array
     b_hh: Array
 
+
+StepGrads = tuple[Array, Arrays, Params]  # dx, dstate, dp
 
 # --- Cells: step(p, x, *state) -> state';  step_backward(p, x, state, dstate') -> (dx, dstate, dp) ----------
 
@@ -69,7 +74,7 @@ def _rnn_step(nonlinearity: str, p: Params, x: Array, h: Array) -> Arrays:
     return (np.tanh(a) if nonlinearity == "tanh" else np.maximum(a, 0.0),)
 
 
-def _rnn_step_backward(nonlinearity: str, p: Params, x: Array, state: Arrays, dstate: Arrays):
+def _rnn_step_backward(nonlinearity: str, p: Params, x: Array, state: Arrays, dstate: Arrays) -> StepGrads:
     """With a the argument of tanh or relu:
 
     tanh    da = dh'∘(1-h'²)
@@ -103,7 +108,7 @@ def _lstm_step(p: Params, x: Array, h: Array, c: Array) -> Arrays:
     return o * np.tanh(c_new), c_new
 
 
-def _lstm_step_backward(p: Params, x: Array, state: Arrays, dstate: Arrays):
+def _lstm_step_backward(p: Params, x: Array, state: Arrays, dstate: Arrays) -> StepGrads:
     """dc' arrives from the next step, and c' reaches the loss through h' as well:
 
     dc'  ←  dc' + dh'∘o∘(1-tanh²(c'))
@@ -148,7 +153,7 @@ def _gru_step(p: Params, x: Array, h: Array) -> Arrays:
     return (z * h + (1 - z) * n,)
 
 
-def _gru_step_backward(p: Params, x: Array, state: Arrays, dstate: Arrays):
+def _gru_step_backward(p: Params, x: Array, state: Arrays, dstate: Arrays) -> StepGrads:
     """With a_r, a_z, a_n the arguments of σ, σ and tanh:
 
     da_n = dh'∘(1-z)∘(1-n²)                      from  (1-z)∘n  in h'
@@ -190,7 +195,7 @@ def _gru_reset_before_step(p: Params, x: Array, h: Array) -> Arrays:
     return (z * h + (1 - z) * n,)
 
 
-def _gru_reset_before_step_backward(p: Params, x: Array, state: Arrays, dstate: Arrays):
+def _gru_reset_before_step_backward(p: Params, x: Array, state: Arrays, dstate: Arrays) -> StepGrads:
     """With a_r, a_z, a_n the arguments of σ, σ and tanh, and q = r∘h:
 
     da_n  = dh'∘(1-z)∘(1-n²)                     from  (1-z)∘n  in h'
@@ -222,7 +227,7 @@ class Cell(NamedTuple):
     gates: int
     states: int
     step: Callable[..., Arrays]
-    step_backward: Callable[..., tuple[Array, Arrays, Params]]
+    step_backward: Callable[..., StepGrads]
 
 
 CELLS = {
@@ -243,7 +248,7 @@ class Tape(NamedTuple):
     params: Params
     x: Array
     states: Arrays  # (T, B, H) each: the states that went into step t
-    lengths: Array
+    lengths: NDArray[np.int64]
     reverse: bool
     biased: tuple[bool, ...]  # whether b_ih and b_hh were given
 
@@ -260,7 +265,7 @@ class Gradients(NamedTuple):
     b_hh: Array | None
 
 
-def _take(where: str, name: str, value, shape: Sequence[int | str]) -> Array:
+def _take(where: str, name: str, value: Opt, shape: Sequence[int | str]) -> Array:
     """A float64 copy of `value`, whose shape must be `shape`; a str in it stands for any extent."""
     array = np.asarray(value)
     if not np.issubdtype(array.dtype, np.floating):
@@ -272,11 +277,11 @@ def _take(where: str, name: str, value, shape: Sequence[int | str]) -> Array:
     return array.astype(np.float64)
 
 
-def _take_or_zeros(where: str, arrays: dict, shape: Sequence[int]) -> Arrays:
+def _take_or_zeros(where: str, arrays: Mapping[str, Opt], shape: Sequence[int]) -> Arrays:
     return tuple(np.zeros(shape) if a is None else _take(where, k, a, shape) for k, a in arrays.items())
 
 
-def _take_lengths(where: str, lengths, T: int, B: int) -> Array:
+def _take_lengths(where: str, lengths: Opt, T: int, B: int) -> NDArray[np.int64]:
     array = np.full(B, T) if lengths is None else np.asarray(lengths)
     if array.shape != (B,):
         raise ValueError(f"{where}: lengths must have shape ({B},), got {array.shape}")
@@ -287,13 +292,14 @@ def _take_lengths(where: str, lengths, T: int, B: int) -> Array:
     return array.astype(np.int64)
 
 
-def _choose(where: str, name: str, value, known: Iterable):
+def _choose(where: str, name: str, value: Choice, known: Iterable[Choice]) -> Choice:
     if value not in known:
         raise ValueError(f"{where}: {name} must be one of {', '.join(map(repr, known))}, got {value!r}")
     return value
 
 
-def _forward(where: str, cell: str, x, params: Sequence, state: dict, lengths=None, reverse=False):
+def _forward(where: str, cell: str, x: Opt, params: Sequence[Opt], state: Mapping[str, Opt],
+             lengths: Opt = None, reverse: bool = False) -> tuple[Array, Arrays, Tape]:  # fmt: skip
     """(y, final states, tape) of one layer; `state` and all errors name the arrays as the caller does."""
     x = _take(where, "x", x, ("T", "B", "I"))
     T, B, inputs = x.shape
@@ -318,7 +324,7 @@ def _forward(where: str, cell: str, x, params: Sequence, state: dict, lengths=No
     return y, states, Tape(cell, p, x, kept, lengths, reverse, biased)
 
 
-def _backward(family: str, tape: Tape, dy, dstate: dict) -> Gradients:
+def _backward(family: str, tape: Tape, dy: Opt, dstate: Mapping[str, Opt]) -> Gradients:
     if not tape.cell.startswith(family):
         raise ValueError(f"{family}_backward: tape must come from {family}_forward, got one of {tape.cell!r}")
     p, (T, B, H) = tape.params, tape.states[0].shape
@@ -341,59 +347,65 @@ def _backward(family: str, tape: Tape, dy, dstate: dict) -> Gradients:
     return Gradients(dx, dstates[0], dc0, dp.w_ih, dp.w_hh, db_ih, db_hh)
 
 
-def rnn_forward(
-    x, w_ih, w_hh, b_ih=None, b_hh=None, h0=None, lengths=None, reverse=False, *, nonlinearity="tanh"
-) -> tuple[Array, Array, Tape]:
+def rnn_forward(x: ArrayLike, w_ih: ArrayLike, w_hh: ArrayLike, b_ih: Opt = None, b_hh: Opt = None,
+                h0: Opt = None, lengths: Opt = None, reverse: bool = False, *,
+                nonlinearity: str = "tanh") -> tuple[Array, Array, Tape]:  # fmt: skip
     """An RNN layer: (y, h_n, tape). nonlinearity is "tanh" or "relu"."""
     name = "rnn_" + _choose("rnn", "nonlinearity", nonlinearity, ("tanh", "relu"))
-    y, state, tape = _forward("rnn", name, x, (w_ih, w_hh, b_ih, b_hh), {"h0": h0}, lengths, reverse)
-    return y, *state, tape
+    y, (h_n,), tape = _forward("rnn", name, x, (w_ih, w_hh, b_ih, b_hh), {"h0": h0}, lengths, reverse)
+    return y, h_n, tape
 
 
-def lstm_forward(
-    x, w_ih, w_hh, b_ih=None, b_hh=None, h0=None, c0=None, lengths=None, reverse=False
-) -> tuple[Array, Array, Array, Tape]:
+def lstm_forward(x: ArrayLike, w_ih: ArrayLike, w_hh: ArrayLike, b_ih: Opt = None, b_hh: Opt = None,
+                 h0: Opt = None, c0: Opt = None, lengths: Opt = None,
+                 reverse: bool = False) -> tuple[Array, Array, Array, Tape]:  # fmt: skip
     """An LSTM layer: (y, h_n, c_n, tape)."""
     params, state = (w_ih, w_hh, b_ih, b_hh), {"h0": h0, "c0": c0}
-    y, state, tape = _forward("lstm", "lstm", x, params, state, lengths, reverse)
-    return y, *state, tape
+    y, (h_n, c_n), tape = _forward("lstm", "lstm", x, params, state, lengths, reverse)
+    return y, h_n, c_n, tape
 
 
-def gru_forward(
-    x, w_ih, w_hh, b_ih=None, b_hh=None, h0=None, lengths=None, reverse=False, *, reset_after=True
-) -> tuple[Array, Array, Tape]:
+def gru_forward(x: ArrayLike, w_ih: ArrayLike, w_hh: ArrayLike, b_ih: Opt = None, b_hh: Opt = None,
+                h0: Opt = None, lengths: Opt = None, reverse: bool = False, *,
+                reset_after: bool = True) -> tuple[Array, Array, Tape]:  # fmt: skip
     """A GRU layer: (y, h_n, tape). reset_after: r multiplies W_hn h + b_hn; otherwise h, before W_hn."""
     name = "gru" if reset_after else "gru_reset_before"
-    y, state, tape = _forward("gru", name, x, (w_ih, w_hh, b_ih, b_hh), {"h0": h0}, lengths, reverse)
-    return y, *state, tape
+    y, (h_n,), tape = _forward("gru", name, x, (w_ih, w_hh, b_ih, b_hh), {"h0": h0}, lengths, reverse)
+    return y, h_n, tape
 
 
-def rnn(x, w_ih, w_hh, b_ih=None, b_hh=None, h0=None, lengths=None, reverse=False, *, nonlinearity="tanh"):
+def rnn(x: ArrayLike, w_ih: ArrayLike, w_hh: ArrayLike, b_ih: Opt = None, b_hh: Opt = None, h0: Opt = None,
+        lengths: Opt = None, reverse: bool = False, *,
+        nonlinearity: str = "tanh") -> tuple[Array, Array]:  # fmt: skip
     """An RNN layer: (y, h_n)."""
     return rnn_forward(x, w_ih, w_hh, b_ih, b_hh, h0, lengths, reverse, nonlinearity=nonlinearity)[:-1]
 
 
-def lstm(x, w_ih, w_hh, b_ih=None, b_hh=None, h0=None, c0=None, lengths=None, reverse=False):
+def lstm(x: ArrayLike, w_ih: ArrayLike, w_hh: ArrayLike, b_ih: Opt = None, b_hh: Opt = None, h0: Opt = None,
+         c0: Opt = None, lengths: Opt = None,
+         reverse: bool = False) -> tuple[Array, Array, Array]:  # fmt: skip
     """An LSTM layer: (y, h_n, c_n)."""
     return lstm_forward(x, w_ih, w_hh, b_ih, b_hh, h0, c0, lengths, reverse)[:-1]
 
 
-def gru(x, w_ih, w_hh, b_ih=None, b_hh=None, h0=None, lengths=None, reverse=False, *, reset_after=True):
+def gru(x: ArrayLike, w_ih: ArrayLike, w_hh: ArrayLike, b_ih: Opt = None, b_hh: Opt = None, h0: Opt = None,
+        lengths: Opt = None, reverse: bool = False, *,
+        reset_after: bool = True) -> tuple[Array, Array]:  # fmt: skip
     """A GRU layer: (y, h_n)."""
     return gru_forward(x, w_ih, w_hh, b_ih, b_hh, h0, lengths, reverse, reset_after=reset_after)[:-1]
 
 
-def rnn_backward(tape: Tape, dy=None, dh_n=None) -> Gradients:
+def rnn_backward(tape: Tape, dy: Opt = None, dh_n: Opt = None) -> Gradients:
     """Gradients of rnn_forward's arguments from those of y and h_n."""
     return _backward("rnn", tape, dy, {"dh_n": dh_n})
 
 
-def lstm_backward(tape: Tape, dy=None, dh_n=None, dc_n=None) -> Gradients:
+def lstm_backward(tape: Tape, dy: Opt = None, dh_n: Opt = None, dc_n: Opt = None) -> Gradients:
     """Gradients of lstm_forward's arguments from those of y, h_n and c_n."""
     return _backward("lstm", tape, dy, {"dh_n": dh_n, "dc_n": dc_n})
 
 
-def gru_backward(tape: Tape, dy=None, dh_n=None) -> Gradients:
+def gru_backward(tape: Tape, dy: Opt = None, dh_n: Opt = None) -> Gradients:
     """Gradients of gru_forward's arguments from those of y and h_n."""
     return _backward("gru", tape, dy, {"dh_n": dh_n})
 
@@ -401,22 +413,26 @@ def gru_backward(tape: Tape, dy=None, dh_n=None) -> Gradients:
 # --- A cell alone: a layer with T = 1 -----------------------------------------------------------------------
 
 
-def _one_step(where: str, cell: str, x_t, params: Sequence, state: dict) -> Arrays:
+def _one_step(where: str, cell: str, x_t: Opt, params: Sequence[Opt],
+              state: Mapping[str, Opt]) -> Arrays:  # fmt: skip
     return _forward(where, cell, _take(where, "x_t", x_t, ("B", "I"))[None], params, state)[1]
 
 
-def rnn_cell(x_t, h, w_ih, w_hh, b_ih=None, b_hh=None, *, nonlinearity="tanh") -> Array:
+def rnn_cell(x_t: ArrayLike, h: Opt, w_ih: ArrayLike, w_hh: ArrayLike, b_ih: Opt = None, b_hh: Opt = None, *,
+             nonlinearity: str = "tanh") -> Array:  # fmt: skip
     """One RNN step: x_t (B, I), h (B, H) -> h'."""
     name = "rnn_" + _choose("rnn_cell", "nonlinearity", nonlinearity, ("tanh", "relu"))
     return _one_step("rnn_cell", name, x_t, (w_ih, w_hh, b_ih, b_hh), {"h": h})[0]
 
 
-def lstm_cell(x_t, h, c, w_ih, w_hh, b_ih=None, b_hh=None) -> Arrays:
+def lstm_cell(x_t: ArrayLike, h: Opt, c: Opt, w_ih: ArrayLike, w_hh: ArrayLike, b_ih: Opt = None,
+              b_hh: Opt = None) -> Arrays:  # fmt: skip
     """One LSTM step: x_t (B, I), h and c (B, H) -> (h', c')."""
     return _one_step("lstm_cell", "lstm", x_t, (w_ih, w_hh, b_ih, b_hh), {"h": h, "c": c})
 
 
-def gru_cell(x_t, h, w_ih, w_hh, b_ih=None, b_hh=None, *, reset_after=True) -> Array:
+def gru_cell(x_t: ArrayLike, h: Opt, w_ih: ArrayLike, w_hh: ArrayLike, b_ih: Opt = None, b_hh: Opt = None, *,
+             reset_after: bool = True) -> Array:  # fmt: skip
     """One GRU step: x_t (B, I), h (B, H) -> h'."""
     name = "gru" if reset_after else "gru_reset_before"
     return _one_step("gru_cell", name, x_t, (w_ih, w_hh, b_ih, b_hh), {"h": h})[0]
@@ -441,9 +457,10 @@ class StackGradients(NamedTuple):
     params: Arrays
 
 
-def stack_forward(
-    cell, x, params, state, lengths, num_layers, directions, bias, dropout_masks=None, reverse=False
-) -> tuple[Array, Arrays, StackTape]:
+def stack_forward(cell: str, x: ArrayLike, params: Sequence[ArrayLike], state: Sequence[Opt] | None,
+                  lengths: Opt, num_layers: int, directions: int, bias: bool,
+                  dropout_masks: Sequence[ArrayLike] | None = None,
+                  reverse: bool = False) -> tuple[Array, Arrays, StackTape]:  # fmt: skip
     """A stack: (y (T, B, D*H), final state, tape).
 
     cell is a name in CELLS; params holds w_ih, w_hh[, b_ih, b_hh] by layer, then direction, w_ih (G*H, D*H)
@@ -459,14 +476,14 @@ def stack_forward(
     for name, given, n in ("params", params, count * each), ("state", state, S), drop:
         if given is not None and len(given) != n:
             raise ValueError(f"{where}: {name} must hold {n} arrays, got {len(given)}")
-    state = [None if s is None else _take(where, "state", s, (count, "B", "H")) for s in state]
+    states = [None if s is None else _take(where, "state", s, (count, "B", "H")) for s in state]
 
-    y, runs, masks = x, [], list[Array]()
+    y, runs, masks = np.asarray(x), [], list[Array]()
     for layer in range(num_layers):
         for d in range(D):
             k = layer * D + d
             own = (*params[k * each : (k + 1) * each], None, None)[:4]
-            initial = {f"{name}0": None if s is None else s[k] for name, s in zip("hc", state, strict=False)}
+            initial = {f"{name}0": None if s is None else s[k] for name, s in zip("hc", states, strict=False)}
             label = f"{where}, layer {layer}, direction {d}"
             runs.append(_forward(label, cell, y, own, initial, lengths, reverse or d == 1))
         y = np.concatenate([y_d for y_d, _, _ in runs[-D:]], axis=2)
@@ -477,13 +494,13 @@ def stack_forward(
     return y, tuple(map(np.stack, zip(*ends, strict=True))), StackTape(tapes, D, masks)
 
 
-def stack_backward(tape: StackTape, dy=None, dstate=None) -> StackGradients:
+def stack_backward(tape: StackTape, dy: Opt = None, dstate: Sequence[Opt] | None = None) -> StackGradients:
     """Gradients from those of y and of the final state, which is shaped like the initial one."""
     tapes, D, masks = tape
     S, (T, B, H) = len(tapes[0].states), tapes[0].states[0].shape
     names = ("dh_n", "dc_n")[:S]
-    dstate = dict(zip(names, (None,) * S if dstate is None else dstate, strict=True))
-    dstate = _take_or_zeros("stack_backward", dstate, (len(tapes), B, H))
+    given = dict(zip(names, (None,) * S if dstate is None else dstate, strict=True))
+    dstates = _take_or_zeros("stack_backward", given, (len(tapes), B, H))
     (dy,) = _take_or_zeros("stack_backward", {"dy": dy}, (T, B, D * H))
     grads: list[Gradients] = []  # from the last layer and direction to the first
     for layer in reversed(range(len(tapes) // D)):
@@ -491,9 +508,9 @@ def stack_backward(tape: StackTape, dy=None, dstate=None) -> StackGradients:
             dy = dy * masks[layer]
         for d in reversed(range(D)):
             k = layer * D + d
-            dends = dict(zip(names, (ds[k] for ds in dstate), strict=True))
+            dends = dict(zip(names, (ds[k] for ds in dstates), strict=True))
             grads.append(_backward(tapes[k].cell, tapes[k], dy[..., d * H : (d + 1) * H], dends))
-        dy = sum(g.x for g in grads[-D:])
+        dy = np.asarray(sum(g.x for g in grads[-D:]))
     grads.reverse()
     state = tuple(map(np.stack, zip(*(g[1 : 1 + S] for g in grads), strict=True)))
     return StackGradients(dy, state, tuple(a for g in grads for a in g[3:] if a is not None))

@@ -1,9 +1,10 @@
 // One call of a stack with all of its arrays, how to run it through the core, and what must hold for any call: inputs
-// stay as they were, outputs are written only inside of their bounds. reference.h solves the same problem in plain loops.
+// stay as they were, outputs are written only inside of their bounds. reference.h solves the same problem in plain
+// loops.
 #pragma once
 
-#include <cmath>
 #include <string.h>
+#include <cmath>
 
 #include <limits>
 #include <string>
@@ -34,9 +35,9 @@ struct Shape {
 template <class T>
 struct Problem {
   Shape shape;
-  std::vector<int64_t> lengths;                 // (B)
-  std::vector<std::vector<T>> weights;          // w_ih, w_hh[, b_ih, b_hh] of each layer and direction
-  std::vector<T> x, dy;                         // (T, B, I), (T, B, D*H)
+  std::vector<int64_t> lengths;                          // (B)
+  std::vector<std::vector<T>> weights;                   // w_ih, w_hh[, b_ih, b_hh] of each layer and direction
+  std::vector<T> x, dy;                                  // (T, B, I), (T, B, D*H)
   std::vector<T> state[max_states], dstate[max_states];  // (L*D, B, H)
   uint64_t seed = 1234;
 
@@ -158,7 +159,8 @@ void keeping_inputs(const Problem<T>& p, Work work) {
   const Problem<T> before = p;
   work();
   bool ok = same(p.x, before.x) && same(p.dy, before.dy) && p.lengths == before.lengths;
-  for (int i = 0; i < max_states; ++i) ok = ok && same(p.state[i], before.state[i]) && same(p.dstate[i], before.dstate[i]);
+  for (int i = 0; i < max_states; ++i)
+    ok = ok && same(p.state[i], before.state[i]) && same(p.dstate[i], before.dstate[i]);
   for (size_t i = 0; i < p.weights.size(); ++i) ok = ok && same(p.weights[i], before.weights[i]);
   check(ok, p.shape.name() + ": inputs are not written");
 }
@@ -166,7 +168,8 @@ void keeping_inputs(const Problem<T>& p, Work work) {
 template <class T>
 std::unique_ptr<Tape<T>> make_tape(const Problem<T>& p) {
   const Shape& s = p.shape;
-  return std::make_unique<Tape<T>>(s.spec(), s.T, s.B, s.lengths ? data_of(p.lengths) : nullptr, s.state, s.dropout, p.seed);
+  return std::make_unique<Tape<T>>(s.spec(), s.T, s.B, s.lengths ? data_of(p.lengths) : nullptr, s.state, s.dropout,
+                                   p.seed);
 }
 
 // y, h_n[, c_n]. A tape makes it a training pass; gap is the space between the rows of y.
@@ -218,8 +221,8 @@ Arrays<T> backward(Problem<T>& p, const Tape<T>& tape, const Arrays<T>* into = n
     if (s.state) call.dstate[i] = out[n++].data();
   }
   for (; n < out.size(); n += p.arrays())
-    call.dweights.push_back({out[n].data(), out[n + 1].data(), s.bias ? out[n + 2].data() : nullptr,
-                             s.bias ? out[n + 3].data() : nullptr});
+    call.dweights.push_back(
+        {out[n].data(), out[n + 1].data(), s.bias ? out[n + 2].data() : nullptr, s.bias ? out[n + 3].data() : nullptr});
   call.adds = into != nullptr;
   keeping_inputs(p, [&] { run_backward(call); });
   Arrays<T> values;
@@ -241,7 +244,8 @@ template <class T>
 bool same_bits(const Arrays<T>& a, const Arrays<T>& b) {
   bool same = a.size() == b.size();
   for (size_t i = 0; same && i < a.size(); ++i)
-    same = a[i].size() == b[i].size() && (a[i].empty() || memcmp(a[i].data(), b[i].data(), a[i].size() * sizeof(T)) == 0);
+    same =
+        a[i].size() == b[i].size() && (a[i].empty() || memcmp(a[i].data(), b[i].data(), a[i].size() * sizeof(T)) == 0);
   return same;
 }
 

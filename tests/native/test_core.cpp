@@ -82,15 +82,17 @@ void check_backward(const Shape& shape) {
     double dot = 0;
     for (size_t e = 0; e < direction.size(); ++e) direction[e] = random.normal(), dot += direction[e] * grads[n][e];
     const double slope = reference_slope(p, *array, direction), size = norm(grads[n]) * norm(direction);
-    check(fabs(slope - dot) <= 1e-7 * fmax(1, size), shape.name() + ": gradient of " + input + " gives " +
-              std::to_string(dot) + " along a direction, finite differences " + std::to_string(slope));
+    check(fabs(slope - dot) <= 1e-7 * fmax(1, size),
+          shape.name() + ": gradient of " + input + " gives " + std::to_string(dot) +
+              " along a direction, finite differences " + std::to_string(slope));
     ++n;
   }
   const auto narrow_tape = make_tape(narrow);
   forward(narrow, narrow_tape.get());
   const Arrays<float> narrow_grads = backward(narrow, *narrow_tape);
   for (n = 0; n < grads.size(); ++n)
-    close(narrow_grads[n], grads[n], terms_of(shape), true, shape.name() + ": float gradient of " + p.inputs()[n].first);
+    close(narrow_grads[n], grads[n], terms_of(shape), true,
+          shape.name() + ": float gradient of " + p.inputs()[n].first);
 
   Arrays<double> into = grads, sum = grads;
   for (auto& a : into)
@@ -148,7 +150,8 @@ void check_variants(int cell) {
   Problem<double> p(ended);
   p.lengths = {0, 0};
   const auto tape = make_tape(p);
-  check(same_bits(forward(p, tape.get()), reference_forward(p, false)), ended.name() + ": lengths of 0 pass states through");
+  check(same_bits(forward(p, tape.get()), reference_forward(p, false)),
+        ended.name() + ": lengths of 0 pass states through");
   const Arrays<double> grads = backward(p, *tape);
   bool zero = true;
   for (size_t n = 0; n < grads.size(); ++n)
