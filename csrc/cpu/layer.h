@@ -89,9 +89,9 @@ struct Forward {
   void run(const Team& team) const {
     start_states();
     for (int64_t c = 0; c < a.schedule.steps; c += team.plan.chunk_steps) {
-      int64_t end = smallest(c + team.plan.chunk_steps, a.schedule.steps);
-      input_product(c, end);
-      for (int64_t s = c; s < end; ++s) phases<0>(s, c);
+      const int64_t end = smallest(c + team.plan.chunk_steps, a.schedule.steps);
+      if (end - c > 1) input_product(c, end, share.b0, share.b1);
+      for (int64_t s = c; s < end; ++s) phases<0>(s, c, end - c == 1);
     }
   }
 
@@ -107,20 +107,20 @@ struct Forward {
       }
   }
 
-  // slots = bias + W_ih x, for all rows of steps [c, end).
-  void input_product(int64_t c, int64_t end) const {
+  // slots = bias + W_ih x, for blocks [b0, b1) of all rows of steps [c, end).
+  void input_product(int64_t c, int64_t end, int64_t first, int64_t last) const {
     int64_t rows = 0;
     for (int64_t s = c; s < end; ++s) rows += running(s) - share.j0;
-    Tiling<T, Cell::input.count> tiling(rows, blocks);
+    const Tiling<T, Cell::input.count> tiling(rows, last - first);
     Tile<T> t;
     t.k = a.I, t.segments = 1, t.a_stride = 1, t.a_segment = 0;
     t.b_block = a.ih_block, t.cin_block = t.cout_block = slots;
     for (int64_t g = 0; g < tiling.block.pieces; ++g) {
-      int64_t b0 = share.b0 + tiling.block.begin(g), b1 = share.b0 + tiling.block.begin(g + 1);
+      const int64_t b0 = first + tiling.block.begin(g), b1 = first + tiling.block.begin(g + 1);
       t.b = a.w_ih + b0 * a.ih_block;
       int64_t s = c, j = share.j0;
       for (int64_t p = 0; p < tiling.row.pieces; ++p) {
-        int n = int(tiling.row.begin(p + 1) - tiling.row.begin(p));
+        const int n = int(tiling.row.begin(p + 1) - tiling.row.begin(p));
         for (int r = 0; r < n; ++r, ++j) {
           while (j >= running(s)) ++s, j = share.j0;
           t.a[r] = a.x.at(s, j);
@@ -138,15 +138,16 @@ struct Forward {
   }
 
   template <int p>
-  FUSEDRNN_INLINE void phases(int64_t s, int64_t c) const {
-    phase<p>(s, c);
+  FUSEDRNN_INLINE void phases(int64_t s, int64_t c, bool with_input) const {
+    phase<p>(s, c, p == 0 && with_input);
     wait(share.barrier);
-    if constexpr (p + 1 < Cell::phases) phases<p + 1>(s, c);
+    if constexpr (p + 1 < Cell::phases) phases<p + 1>(s, c, with_input);
   }
 
-  // slots += W_hh operand, then the cell, tile by tile while the slots are in the first cache level.
+  // slots += W_hh operand, then the cell, tile by tile while the slots are in the first cache level. In a chunk of one
+  // step the input product comes just before, so that both panels of a block are met together.
   template <int p>
-  void phase(int64_t s, int64_t c) const {
+  void phase(int64_t s, int64_t c, bool with_input) const {
     constexpr Span span = Cell::recurrent[p];
     if (running(s) == share.j0) return;
     Tiling<T, span.count> tiling(running(s) - share.j0, blocks);
@@ -154,8 +155,9 @@ struct Forward {
     t.k = a.H, t.segments = 1, t.a_stride = 1, t.a_segment = 0;
     t.b_block = a.hh_block[p], t.cin_block = t.cout_block = slots;
     for (int64_t n = 0; n < tiling.block.pieces; ++n) {
-      const int64_t g = there_and_back(n, tiling.block.pieces, s);
+      const int64_t g = there_and_back(n, tiling.block.pieces, s + a.turn);
       int64_t b0 = share.b0 + tiling.block.begin(g), b1 = share.b0 + tiling.block.begin(g + 1);
+      if (with_input) input_product(s, s + 1, b0, b1);
       t.b = a.w_hh[p] + b0 * a.hh_block[p];
       for (int64_t i = 0; i < tiling.row.pieces; ++i) {
         int64_t j0 = share.j0 + tiling.row.begin(i);

@@ -365,6 +365,7 @@ void run_forward(const StackForward<T>& call, Tape<T>* tape) {
       a.w_ih = p.w_ih, a.ih_block = p.ih_block, a.bias = p.bias;
       for (int q = 0; q < cell.phases; ++q) a.w_hh[q] = p.w_hh[q], a.hh_block[q] = p.hh_block[q];
       a.training = tape != nullptr;
+      a.turn = 0;
       a.saved = tape ? tape->saved[i] : nullptr;
       a.operand = tape ? tape->operand[i] : operand[d];
       a.pre = pre + crew.first_rank(d) * pre_thread, a.pre_thread = pre_thread;
@@ -631,6 +632,7 @@ void Stream<T>::step(const T* x, T* h) {
     a.y.base = l == spec_.L - 1 ? h : levels_[l].h[next];
     a.state[0] = levels_[l].h[now_];
     a.final_state[0] = levels_[l].h[next];
+    a.turn = now_;
   }
   const auto forward = kernels<T>().cell[spec_.cell].forward;
   // After a pause the other threads are parked, and waking them costs more than a step: a slow stream stays on one.

@@ -1,8 +1,8 @@
 """Code compiled for one ISA must not be known by a name that another translation unit may share.
 
 The linker keeps one copy of a weak function: were it the AVX-512 one, older CPUs would die of it. So every
-function that a kernels_<isa> object offers must be in that ISA's namespace, and none may run at load. Constants
-may be shared.
+function that a kernels_<isa> object offers must be in that ISA's namespace, and none may run at load.
+Constants may be shared.
 
     check_symbols.py libfusedrnn_core.a [nm]
 """
