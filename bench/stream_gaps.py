@@ -23,7 +23,7 @@ def burn(seconds: float) -> None:
         pass
 
 
-def step_us(hidden: int, threads: int, gap_us: float, seconds: float = 0.4) -> float:
+def step_us(hidden: int, threads: int, gap_us: float, seconds: float = 0.3) -> float:
     """Median time of a step that starts `gap_us` after the last one ended."""
     stream = fr.LSTM(hidden, hidden, seed=0).freeze().stream()
     x = np.random.default_rng(0).standard_normal((hidden,)).astype(np.float32)

@@ -29,13 +29,13 @@ using Clock = std::chrono::steady_clock;
 using std::chrono::microseconds;
 
 constexpr int spins_before_yield = 4000;    // some 50 us
-constexpr microseconds stall{1000};         // a wait of that long means that the partner has lost its core
-constexpr int stalls_allowed = 1;           // in one call
+constexpr microseconds stall{100};          // waiting for less in a call is never held against it
+constexpr double stalled_share = 0.25;      // of a call's time, spent waiting for threads that have lost their core
 constexpr microseconds shortest_retreat{5000}, longest_retreat{320000};
 
 // When the machine is shared, a barrier per step waits for the scheduler's time slices, and two threads are slower than
 // one. So a call that stalled makes those of the next while run on one thread; the while doubles as long as it goes on.
-std::atomic<int> stalls{0};
+std::atomic<int64_t> stalled_us{0};     // waiting in this call, beyond the first spins, by all of its threads
 std::atomic<int64_t> retreat_until{0};  // in the clock's microseconds; 0: no retreat
 std::atomic<int64_t> retreat_length{shortest_retreat.count()};
 
@@ -49,9 +49,10 @@ bool retreating() {
   return false;
 }
 
-void judge_call() {
-  int64_t length = retreat_length.load(std::memory_order_relaxed);
-  if (stalls.exchange(0, std::memory_order_relaxed) > stalls_allowed) {
+void judge_call(int threads, int64_t took_us) {
+  const int64_t length = retreat_length.load(std::memory_order_relaxed);
+  const int64_t waited = stalled_us.exchange(0, std::memory_order_relaxed) / (threads - 1);
+  if (waited > stall.count() && double(waited) > stalled_share * double(took_us)) {
     retreat_until.store(now_us() + length, std::memory_order_relaxed);
     retreat_length.store(std::min<int64_t>(2 * length, longest_retreat.count()), std::memory_order_relaxed);
   } else if (length != shortest_retreat.count()) {
@@ -74,10 +75,45 @@ void spin_until(bool yields, Done done) {
     if (done()) return;
     relax();
   }
-  const auto start = Clock::now();
+  const int64_t start = now_us();
   while (!done()) sched_yield();
-  if (!yields && Clock::now() - start > stall) stalls.fetch_add(1, std::memory_order_relaxed);
+  if (!yields) stalled_us.fetch_add(now_us() - start, std::memory_order_relaxed);
 }
+
+// Two threads of a team on one core wait for each other's time slices, and the scheduler may leave them there for long.
+// So every rank says where it runs, and one that finds itself on the core of a lower rank leaves it.
+class Seats {
+ public:
+#if defined(__linux__)
+  void take(int rank) {
+    const int cpu = sched_getcpu();
+    cpu_[rank % seats].store(cpu, std::memory_order_relaxed);
+    if (rank == 0 || rank >= seats || cpu < 0) return;
+    for (int r = 0; r < rank; ++r)
+      if (cpu_[r].load(std::memory_order_relaxed) == cpu) return leave(rank);
+  }
+
+ private:
+  void leave(int rank) {
+    static thread_local const cpu_set_t allowed = [] {  // as inherited from the thread that started this one
+      cpu_set_t set;
+      if (sched_getaffinity(0, sizeof set, &set) != 0) CPU_ZERO(&set);
+      return set;
+    }();
+    cpu_set_t set = allowed;
+    for (int r = 0; r < rank; ++r) {
+      const int cpu = cpu_[r].load(std::memory_order_relaxed);
+      if (cpu >= 0 && cpu < CPU_SETSIZE) CPU_CLR(cpu, &set);
+    }
+    if (CPU_COUNT(&set) > 0) sched_setaffinity(0, sizeof set, &set);
+  }
+
+  static constexpr int seats = 256;
+  std::atomic<int> cpu_[seats] = {};
+#else
+  void take(int) {}
+#endif
+};
 
 struct alignas(64) Worker {
   std::atomic<uint64_t> ticket{0};  // raised by one for each job this worker takes part in
@@ -109,6 +145,7 @@ class Pool {
 
   void run(int threads, bool yields, const std::function<void(int)>& work) {
     work_ = &work;
+    seats_.take(0);
     remaining_.store(threads - 1, std::memory_order_relaxed);
     for (int i = 0; i < threads - 1; ++i) {
       Worker& w = *workers_[i];
@@ -140,6 +177,7 @@ class Pool {
         w.parked.store(false);
       }
       ++seen;
+      seats_.take(rank);
       (*work_)(rank);
       remaining_.fetch_sub(1, std::memory_order_release);
     }
@@ -149,6 +187,7 @@ class Pool {
   std::vector<std::unique_ptr<Worker>> workers_;
   const std::function<void(int)>* work_ = nullptr;
   std::atomic<int> remaining_{0};
+  Seats seats_;
 };
 
 std::atomic<Pool*> the_pool{nullptr};  // never destroyed: its threads may outlive static destruction
@@ -160,7 +199,7 @@ Pool& pool() {
 #if defined(__unix__) || defined(__APPLE__)
     pthread_atfork(nullptr, nullptr, [] {
       the_pool = new Pool;
-      stalls = 0, retreat_until = 0, retreat_length = shortest_retreat.count();
+      stalled_us = 0, retreat_until = 0, retreat_length = shortest_retreat.count();
     });
 #endif
   });
@@ -257,16 +296,17 @@ Lease::Lease(int wanted) : size_(1) {
 }
 
 Lease::~Lease() {
-  if (size_ == 1) return;
-  judge_call();
-  pool().unlock();
+  if (size_ > 1) pool().unlock();
 }
 
 void Lease::run(int threads, const std::function<void(int)>& work) {
-  if (threads == 1)
+  if (threads == 1) {
     work(0);
-  else
+  } else {
+    const int64_t start = now_us();
     pool().run(threads, crowded(), work);
+    judge_call(threads, now_us() - start);
+  }
 }
 
 }  // namespace fusedrnn
