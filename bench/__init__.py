@@ -16,6 +16,7 @@ import argparse
 import json
 import sys
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -214,7 +215,7 @@ def _measure(args: argparse.Namespace) -> dict:
     }
     result["peers"] = {peer.name: {"label": peer.label} for peer in peers}
     result["roofs"] = machine.roofs(max(threads)) if args.json or args.plot else []
-    peak = partial(_core.fma_peak, dtype, max(threads))
+    peak = _Highest(partial(_core.fma_peak, dtype, max(threads)))
     print(_preface(result, absent, peak()))
 
     table = report.Table({peer.name: peer.label for peer in peers})
@@ -232,6 +233,17 @@ def _measure(args: argparse.Namespace) -> dict:
         print(reason)
     result["summary"] = report.summarise(result["cases"])
     return result
+
+
+class _Highest:
+    """The highest value so far: the machine's peak is not what a disturbed moment leaves of it."""
+
+    def __init__(self, measure: Callable[[], float]) -> None:
+        self.measure, self.value = measure, 0.0
+
+    def __call__(self) -> float:
+        self.value = max(self.value, self.measure())
+        return self.value
 
 
 def _preface(result: dict, absent: list[str], peak: float) -> str:

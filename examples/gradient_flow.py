@@ -24,7 +24,7 @@ OPEN = 5.0  # bias of the gate that keeps the state: sigmoid(5) = 0.993
 EXPLANATION = """\
 RNN: every step back multiplies by the same matrix: small, it makes the gradient vanish; large, explode.
 LSTM, GRU: the state also passes by that matrix, through a gate; half-open, it halves the gradient each step.
-Gates held open (bias 5, sigmoid 0.993) let it through: it arrives 200 steps back, whatever the scale.
+Gates held open (bias 5, sigmoid 0.993) let it through: it arrives {steps} steps back at all these scales.
 """
 
 
@@ -131,10 +131,11 @@ def plot(path: Path, norms: dict[str, dict[int, np.ndarray]]) -> None:
             color=colours[scale],
             va="top",
         )
+    explanation = EXPLANATION.format(steps=len(norms["LSTM"][1]) - 1)
     key.text(
         0,
         0.76,
-        "\n\n".join(fill(line, 45) for line in EXPLANATION.splitlines()),
+        "\n\n".join(fill(line, 45) for line in explanation.splitlines()),
         transform=key.transAxes,
         fontsize=9,
         color=ink,
@@ -163,7 +164,7 @@ def main() -> None:
     print(f"{'':24}" + "".join(f"{f'x{scale}':>10}" for scale in SCALES))
     for panel, curves in norms.items():
         print(f"{panel:24}" + "".join(f"{curves[scale][0]:10.0e}" for scale in SCALES))
-    print(f"\n{EXPLANATION}")
+    print("\n" + EXPLANATION.format(steps=steps))
     if importlib.util.find_spec("matplotlib"):
         plot(args.out, norms)
         print(f"picture: {args.out}")

@@ -472,3 +472,16 @@ def test_every_public_name_is_documented():
                 not member.startswith("_") and member not in ("cells", "params", "nbytes")
             ):
                 assert inspect.getdoc(value), (name, member)
+
+
+def test_load_state_dict_takes_what_converts_to_an_array():
+    class Tensor:
+        def __init__(self, data):
+            self.data = data
+
+        def __array__(self, dtype=None, copy=None):
+            return self.data
+
+    source, target = fr.LSTM(3, 4, seed=1), fr.LSTM(3, 4, seed=2)
+    target.load_state_dict({name: Tensor(value) for name, value in source.state_dict().items()})
+    np.testing.assert_array_equal(target.flat_params, source.flat_params)

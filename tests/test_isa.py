@@ -92,6 +92,12 @@ def test_the_environment_sets_the_number_of_threads():
     assert succeeds(code, FUSEDRNN_NUM_THREADS="3") == "3"
     assert succeeds(code, FUSEDRNN_NUM_THREADS="1") == "1"
     assert int(succeeds(code)) >= 1
+    for wrong in ("abc", "0", "-1", "2 3"):
+        env = {**os.environ, "FUSEDRNN_NUM_THREADS": wrong}
+        failed = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+        assert failed.returncode == 1
+        expected = f"FUSEDRNN_NUM_THREADS must be a number of threads from 1 to 1024, got '{wrong}'"
+        assert f"ValueError: {expected}" in failed.stderr
 
 
 @linux
@@ -239,3 +245,20 @@ def test_a_forked_child_has_no_threads_until_it_computes():
         ),
         OPENBLAS_NUM_THREADS="1",
     )
+
+
+def test_a_daemon_thread_inside_a_kernel_does_not_abort_the_interpreter_at_exit():
+    code = """
+        import threading, time
+        import numpy as np
+        import fusedrnn as fr
+        layer, x = fr.LSTM(32, 64, seed=0), np.zeros((50, 8, 32), np.float32)
+        def work():
+            while True:
+                layer(x)
+        for _ in range(2):
+            threading.Thread(target=work, daemon=True).start()
+        time.sleep(0.2)
+        print("end")
+    """
+    assert succeeds(textwrap.dedent(code)) == "end"

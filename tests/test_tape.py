@@ -3,6 +3,7 @@
 import copy
 import gc
 import pickle
+import threading
 import weakref
 
 import numpy as np
@@ -241,3 +242,37 @@ def test_grads_pickle_and_copy_with_their_views(run):
         np.testing.assert_array_equal(copied.x, grads.x)
         copied.flat[:] = 1
         assert (copied.params["weight_hh_l0"] == 1).all() and not (grads.flat == 1).all()
+
+
+def test_of_many_threads_with_one_tape_one_wins():
+    layer = fr.LSTM(3, 5, seed=0)
+    for _ in range(20):
+        y, _, tape = layer.forward(np.ones((4, 2, 3), np.float32))
+        start, outcomes = threading.Barrier(4), []
+
+        def use(tape=tape, y=y, start=start, outcomes=outcomes):
+            start.wait()
+            try:
+                outcomes.append(layer.backward(tape, y))
+            except RuntimeError as error:
+                outcomes.append(str(error))
+
+        workers = [threading.Thread(target=use) for _ in range(4)]
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            worker.join()
+        refused = [o for o in outcomes if isinstance(o, str)]
+        assert len(outcomes) == 4 and len(refused) == 3
+        assert all("tape was used already" in text for text in refused)
+
+
+def test_a_backward_that_fails_leaves_the_tape_usable():
+    layer = fr.GRU(3, 5, seed=0)
+    x = np.ones((4, 2, 3), np.float32)
+    y, _, tape = layer.forward(x)
+    x[0] = 2
+    with pytest.raises(RuntimeError, match="x was changed"):
+        layer.backward(tape, y)
+    x[0] = 1
+    assert layer.backward(tape, y).x.shape == x.shape

@@ -4,14 +4,35 @@
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 
+#include <chrono>
 #include <stdexcept>
 #include <string>
+#include <thread>
 
 #include "cpu/stack.h"
 
 namespace fusedrnn::bindings {
 
 namespace py = pybind11;
+
+// Releases the GIL. A thread that outlives the interpreter is parked here, as Python 3.14 does itself: the pthread_exit
+// of older ones would unwind through a destructor and abort the process.
+class GilRelease {
+ public:
+  GilRelease() : state_(PyEval_SaveThread()) {}
+  ~GilRelease() {
+    try {
+      PyEval_RestoreThread(state_);
+    } catch (...) {
+      for (;;) std::this_thread::sleep_for(std::chrono::hours(1));
+    }
+  }
+  GilRelease(const GilRelease&) = delete;
+  GilRelease& operator=(const GilRelease&) = delete;
+
+ private:
+  PyThreadState* state_;
+};
 
 struct PySpec {
   Spec spec;
@@ -52,8 +73,7 @@ Sequence<const T> readable(const py::object& object, int64_t width, py::array& c
   const auto whole = [&](int i) { return copy.strides(i) % py::ssize_t(sizeof(T)) == 0; };
   const bool aligned = reinterpret_cast<uintptr_t>(copy.data()) % alignof(T) == 0;
   if ((width > 1 && copy.strides(2) != py::ssize_t(sizeof(T))) || !whole(0) || !whole(1) || !aligned)
-    copy = py::array_t<T, py::array::c_style | py::array::forcecast>(
-        py::module_::import("numpy").attr("ascontiguousarray")(copy).attr("copy")());
+    copy = copy.attr("copy")("C");
   return {static_cast<const T*>(copy.data()), copy.strides(0) / py::ssize_t(sizeof(T)),
           copy.strides(1) / py::ssize_t(sizeof(T))};
 }

@@ -49,7 +49,7 @@ py::object forward(const PySpec& s, const py::tuple& params, const py::array& x,
     if (panels) call.panels = panels->get<T>().get();
     auto tape = std::make_unique<PyTape>();
     {
-      py::gil_scoped_release release;
+      GilRelease release;
       if (training)
         tape->get<T>() = std::make_unique<Tape<T>>(spec, call.T_, call.B, call.lengths, call.state[0] != nullptr, dropout, seed);
       run_forward(call, tape->get<T>().get());
@@ -79,7 +79,7 @@ void backward(const PySpec& s, const py::tuple& params, PyTape& tape, const py::
     call.weights = weights<const T>(params, spec);
     if (!dparams.is_none()) call.dweights = weights<T>(py::reinterpret_borrow<py::tuple>(dparams), spec);
     call.adds = accumulate;
-    py::gil_scoped_release release;
+    GilRelease release;
     run_backward(call);
   });
 }
@@ -88,7 +88,7 @@ PyPanels pack(const PySpec& s, const py::tuple& params) {
   return with_type(s, [&](auto zero) {
     using T = decltype(zero);
     auto w = weights<const T>(params, s.spec);
-    py::gil_scoped_release release;
+    GilRelease release;
     auto panels = std::make_shared<const Panels<T>>(s.spec, w);
     if constexpr (sizeof(T) == 4) return PyPanels{panels, nullptr};
     else return PyPanels{nullptr, panels};

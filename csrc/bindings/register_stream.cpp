@@ -72,7 +72,7 @@ class PyStream {
     }
     T* to = static_cast<T*>(py::reinterpret_borrow<py::array>(out).mutable_data());
     {
-      py::gil_scoped_release release;
+      GilRelease release;
       stream.step(from, to);
     }
     return out;

@@ -30,9 +30,9 @@ struct Isa {
 };
 
 const std::vector<Isa>& isas() {
-  static const std::vector<Isa> list = [] {
+  static const std::vector<Isa>& list = *[] {  // never destroyed: threads may outlive static destruction
 #define FUSEDRNN_ISA(name, has, target) {name, bool(has), &target::kernels_float, &target::kernels_double}
-    return std::vector<Isa>{
+    return new std::vector<Isa>{
 #if defined(__x86_64__)
         FUSEDRNN_ISA("avx512", __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
                                    __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl"), avx512),

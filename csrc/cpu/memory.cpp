@@ -10,6 +10,9 @@
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
+#if defined(__unix__) || defined(__APPLE__)
+#include <pthread.h>
+#endif
 
 namespace fusedrnn {
 namespace {
@@ -32,12 +35,19 @@ struct Block {
 
 // Freed blocks, the last freed first. Never destroyed: buffers may be freed during static destruction.
 struct Cache {
+  Cache() { blocks.reserve(cached_blocks + 1); }  // giving back, in destructors, allocates nothing
   std::mutex mutex;
   std::vector<Block> blocks;
   size_t bytes = 0;
 };
 Cache& cache() {
-  static Cache* const the_cache = new Cache;
+  static Cache* const the_cache = [] {
+#if defined(__unix__) || defined(__APPLE__)
+    // A fork while another thread holds the mutex would leave it locked in the child for good.
+    pthread_atfork([] { cache().mutex.lock(); }, [] { cache().mutex.unlock(); }, [] { cache().mutex.unlock(); });
+#endif
+    return new Cache;
+  }();
   return *the_cache;
 }
 
@@ -55,19 +65,29 @@ void* take(size_t size) {
 }
 
 void give(void* data, size_t size) {
+  Block out[cached_blocks + 1];
+  size_t count = 0;
   Cache& c = cache();
-  std::vector<Block> out;
   {
     std::lock_guard<std::mutex> lock(c.mutex);
     c.blocks.push_back({data, size});
     c.bytes += size;
     while (c.bytes > cached_bytes || c.blocks.size() > cached_blocks) {
-      out.push_back(c.blocks.front());
+      out[count++] = c.blocks.front();
       c.bytes -= c.blocks.front().size;
       c.blocks.erase(c.blocks.begin());
     }
   }
-  for (const Block& b : out) free(b.data);
+  for (size_t i = 0; i < count; ++i) free(out[i].data);
+}
+
+// Gives all that is kept back to the system.
+void drop_cache() {
+  Cache& c = cache();
+  std::lock_guard<std::mutex> lock(c.mutex);
+  for (const Block& b : c.blocks) free(b.data);
+  c.blocks.clear();
+  c.bytes = 0;
 }
 
 }  // namespace
@@ -76,7 +96,12 @@ Buffer::Buffer(size_t bytes) : bytes_(bytes) {
   size_t size = rounded(bytes);
   data_ = take(size);
   if (data_) return;
-  data_ = aligned_alloc(size >= huge_page ? huge_page : line, size);
+  const size_t alignment = size >= huge_page ? huge_page : line;
+  data_ = aligned_alloc(alignment, size);
+  if (!data_) {
+    drop_cache();
+    data_ = aligned_alloc(alignment, size);
+  }
   if (!data_) throw std::bad_alloc();
 #if defined(__linux__)
   if (size >= huge_page) madvise(data_, size, MADV_HUGEPAGE);

@@ -22,7 +22,7 @@ struct LayerSize {
 Plan forward_plan(const LayerSize& size, const Machine& machine, int threads);
 Plan backward_plan(const LayerSize& size, const Machine& machine, int threads);
 
-// For tests: fields above 0 replace the plan's own (as far as the shape allows).
+// For tests, while no call runs: fields above 0 replace the plan's own (as far as the shape allows).
 struct PlanOverride {
   int row_threads = 0, unit_threads = 0;
   int64_t chunk_steps = 0, chunk_rows = 0;

@@ -604,18 +604,18 @@ Stream<T>::Stream(const Spec& spec, std::shared_ptr<const Panels<T>> panels, int
     a.pre = pre, a.pre_thread = pre_thread;
     a.zeros = zeros;
   }
+  all_ = std::make_unique<Barrier>();
+  for (Level& level : levels_) level.barriers = std::make_unique<Barrier[]>(1 + most_threads_);
   plan_for(1);
   reset();
 }
 
 template <class T>
 void Stream<T>::plan_for(int threads) {
-  all_ = std::make_unique<Barrier>();
   all_->reset(threads, false);
   for (int64_t l = 0; l < spec_.L; ++l) {
     Level& level = levels_[l];
     level.plan = forward_plan(layer_size<T>(spec_, l, 1, B_), this_machine(), threads);
-    level.barriers = std::make_unique<Barrier[]>(1 + level.plan.row_threads);
     level.barriers[0].reset(level.plan.threads(), false);
     for (int r = 0; r < level.plan.row_threads; ++r) level.barriers[1 + r].reset(level.plan.unit_threads, false);
   }

@@ -10,6 +10,7 @@
 #include <cstdio>
 #include <memory>
 #include <mutex>
+#include <stdexcept>
 #include <string>
 #include <thread>
 #include <vector>
@@ -86,11 +87,11 @@ class Seats {
  public:
 #if defined(__linux__)
   void take(int rank) {
-    const int cpu = sched_getcpu();
-    cpu_[rank % seats].store(cpu, std::memory_order_relaxed);
-    if (rank == 0 || rank >= seats || cpu < 0) return;
+    const int place = sched_getcpu() + 1;
+    if (rank >= seats || place == 0) return;
+    place_[rank].store(place, std::memory_order_relaxed);
     for (int r = 0; r < rank; ++r)
-      if (cpu_[r].load(std::memory_order_relaxed) == cpu) return leave(rank);
+      if (place_[r].load(std::memory_order_relaxed) == place) return leave(rank);
   }
 
  private:
@@ -102,14 +103,14 @@ class Seats {
     }();
     cpu_set_t set = allowed;
     for (int r = 0; r < rank; ++r) {
-      const int cpu = cpu_[r].load(std::memory_order_relaxed);
+      const int cpu = place_[r].load(std::memory_order_relaxed) - 1;
       if (cpu >= 0 && cpu < CPU_SETSIZE) CPU_CLR(cpu, &set);
     }
     if (CPU_COUNT(&set) > 0) sched_setaffinity(0, sizeof set, &set);
   }
 
   static constexpr int seats = 256;
-  std::atomic<int> cpu_[seats] = {};
+  std::atomic<int> place_[seats] = {};  // the rank's CPU + 1; 0 before it first ran
 #else
   void take(int) {}
 #endif
@@ -137,8 +138,8 @@ class Pool {
         Worker& w = *workers_.back();  // workers_ itself may move while the thread starts
         w.thread = std::thread([this, &w, rank] { serve(w, rank); });
       }
-    } catch (const std::system_error&) {  // no more threads to be had: the ones there are will do
-      workers_.pop_back();
+    } catch (const std::exception&) {  // no more threads or memory to be had: the threads that there are will do
+      if (!workers_.empty() && !workers_.back()->thread.joinable()) workers_.pop_back();
     }
     return int(workers_.size()) + 1;
   }
@@ -209,7 +210,7 @@ Pool& pool() {
 int positive(const char* text) {
   char* end = nullptr;
   long n = strtol(text, &end, 10);
-  return end != text && *end == 0 && n >= 1 && n <= 4096 ? int(n) : 0;
+  return end != text && *end == 0 && n >= 1 && n <= 1024 ? int(n) : 0;
 }
 
 // The CPU quota of this process's cgroup, rounded up; 0 when there is none.
@@ -276,8 +277,9 @@ int default_threads() {
   int n = process_threads.load(std::memory_order_relaxed);
   if (n > 0) return n;
   const char* text = getenv("FUSEDRNN_NUM_THREADS");
-  n = text ? positive(text) : 0;
-  if (n == 0) n = available_threads();
+  n = available_threads();
+  if (text && *text && (n = positive(text)) == 0)
+    throw std::invalid_argument(std::string("FUSEDRNN_NUM_THREADS must be a number of threads from 1 to 1024, got '") + text + "'");
   process_threads.store(n, std::memory_order_relaxed);
   return n;
 }

@@ -32,7 +32,7 @@ Barrier* barrier_at(Barrier* barriers, int i);
 // Threads that this process may use at once: affinity and cgroup limits, at least 1.
 int available_threads();
 
-int default_threads();             // as set, else FUSEDRNN_NUM_THREADS, else available_threads()
+int default_threads();             // as set, else FUSEDRNN_NUM_THREADS (std::invalid_argument if wrong), else all available
 void set_default_threads(int n);   // n >= 1
 int local_threads();               // of this thread; 0: the default holds
 void set_local_threads(int n);
@@ -47,7 +47,7 @@ class Lease {
   Lease& operator=(const Lease&) = delete;
   int size() const { return size_; }
   bool crowded() const { return size_ > available_threads(); }  // more threads than cores: waiting must yield
-  void run(int threads, const std::function<void(int rank)>& work);  // returns when every rank has
+  void run(int threads, const std::function<void(int rank)>& work);  // returns when every rank has; work must not throw
 
  private:
   int size_;

@@ -41,4 +41,5 @@ __all__ = [
 ]  # fmt: skip
 
 _core.isa()  # so that a wrong FUSEDRNN_ISA is an error now, and not in the first call
+_core.get_num_threads()  # likewise FUSEDRNN_NUM_THREADS
 __version__: str = _core.build_info()["version"]

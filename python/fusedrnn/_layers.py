@@ -200,6 +200,8 @@ class Layer(Configured, Generic[State]):
     def load_state_dict(self, mapping: Mapping[str, Any]) -> None:
         """Copy parameters in from a mapping of PyTorch's names to arrays.
 
+        Anything with `__array__` counts as one, such as the tensors of a PyTorch module's `state_dict()`.
+
         Raises
         ------
         ValueError

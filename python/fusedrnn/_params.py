@@ -85,5 +85,8 @@ def gathered(where: str, mapping: Mapping[str, Any], layout: Layout, dtype: np.d
         )
     flat: Array = np.empty(layout.size, dtype)
     for (name, shape), view in zip(layout.shapes.items(), layout.views(flat), strict=True):
-        view[...] = _check.shaped(where, f"state_dict[{name!r}]", mapping[name], dtype, shape)
+        value = mapping[name]
+        if not isinstance(value, np.ndarray) and hasattr(value, "__array__"):  # a framework's tensor
+            value = np.asarray(value)
+        view[...] = _check.shaped(where, f"state_dict[{name!r}]", value, dtype, shape)
     return flat

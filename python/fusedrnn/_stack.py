@@ -7,7 +7,7 @@ nowhere else.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, TypeVar
 
 from numpy import empty, ndarray
@@ -151,18 +151,26 @@ class Stack:
 
         want_x, want_state, want_params = wanted
         _core.set_local_threads(local_threads())
-        _core.backward(
-            self.spec,
-            tuple([_check.ready(w) for w in tape._weights]),
-            kernel_tape,
-            x,
-            dy,
-            dstates,
-            self._time_major(grads.x, batched) if want_x else None,
-            self._kernel_shaped(grads._states, batch) if want_state and grads._states else None,
-            self.layout.views(grads.flat) if want_params else None,
-            into is not None,
-        )
+        weights = tuple([_check.ready(w) for w in tape._weights])
+        if not retain:
+            tape._claim(where)
+        try:
+            _core.backward(
+                self.spec,
+                weights,
+                kernel_tape,
+                x,
+                dy,
+                dstates,
+                self._time_major(grads.x, batched) if want_x else None,
+                self._kernel_shaped(grads._states, batch) if want_state and grads._states else None,
+                self.layout.views(grads.flat) if want_params else None,
+                into is not None,
+            )
+        except BaseException:
+            if not retain:
+                tape._unclaim()
+            raise
         if not retain:
             tape._close()
         return grads
@@ -280,7 +288,7 @@ def _tuple(arrays: Any) -> tuple[Array, ...]:
 def _wanted(where: str, wrt: Wrt) -> tuple[bool, bool, bool]:
     if wrt is ALL:
         return True, True, True
-    names = (wrt,) if isinstance(wrt, str) else tuple(wrt)
+    names = (wrt,) if isinstance(wrt, str) else tuple(wrt) if isinstance(wrt, Iterable) else ()
     if not names or any(name not in ALL for name in names):
         raise ValueError(f"{where}: wrt must name some of 'x', 'state' and 'params', got {wrt!r}")
     return "x" in names, "state" in names, "params" in names

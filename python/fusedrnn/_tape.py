@@ -26,7 +26,7 @@ class Tape:
         Seed of this call's dropout masks; None where nothing was dropped.
     """
 
-    __slots__ = ("_batched", "_kernel", "_stack", "_weights", "_x", "seed")
+    __slots__ = ("_batched", "_kernel", "_stack", "_token", "_weights", "_x", "seed")
 
     def __init__(
         self,
@@ -42,6 +42,7 @@ class Tape:
         self._weights = weights
         self._x: Array | None = x  # (T, B, I), the caller's memory
         self._batched = batched
+        self._token = [None]  # taken by the one backward that may use the tape up: popping is atomic
         self.seed = seed
 
     @property
@@ -51,8 +52,21 @@ class Tape:
 
     def _opened(self, where: str) -> tuple[_core.Tape, Array]:
         if self._kernel is None or self._x is None:
-            raise RuntimeError(f"{where}: tape was used already; retain=True keeps it for another backward")
+            raise self._used(where)
         return self._kernel, self._x
+
+    def _claim(self, where: str) -> None:
+        try:
+            self._token.pop()
+        except IndexError:
+            raise self._used(where) from None
+
+    def _unclaim(self) -> None:
+        self._token.append(None)
+
+    @staticmethod
+    def _used(where: str) -> RuntimeError:
+        return RuntimeError(f"{where}: tape was used already; retain=True keeps it for another backward")
 
     def _close(self) -> None:
         self._kernel = self._x = None

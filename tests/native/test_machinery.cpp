@@ -156,6 +156,25 @@ void test_fork() {
     check(same_bits(want, train(problem)), "the parent goes on after a fork");
   }
   set_local_threads(0);
+
+  std::atomic<bool> done{false};
+  std::thread other([&] {
+    while (!done) Buffer(size_t(1) << 16);
+  });
+  bool ended = true;
+  for (int i = 0; i < 50 && ended; ++i) {
+    const pid_t child = fork();
+    if (child == 0) {
+      alarm(10);
+      Buffer(size_t(1) << 16);
+      _exit(0);
+    }
+    int status = -1;
+    ended = child > 0 && waitpid(child, &status, 0) == child && WIFEXITED(status);
+  }
+  done = true;
+  other.join();
+  check(ended, "a child forked while another thread allocates can allocate");
 }
 
 void test_settings() {
