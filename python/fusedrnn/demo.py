@@ -174,9 +174,12 @@ def run(args: argparse.Namespace) -> int:
 
     prompt = text.held_out[:PROMPT]
     prompt = prompt[: prompt.rfind("\n") + 1] or prompt  # whole lines, if there are any
+    start = "" if args.text else "def "
     how = f"temperature {args.temperature:g}, one stream.step() a character"
     say("sample", f"the held-out text, continued; {how}\n")
-    for char in sample(reloaded, prompt, args.sample, args.temperature, np.random.default_rng(args.seed)):
+    print(start, end="")
+    rng = np.random.default_rng(args.seed)
+    for char in sample(reloaded, prompt + start, args.sample, args.temperature, rng):
         print(char, end="", flush=True)
     print()
     return 0
