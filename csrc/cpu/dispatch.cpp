@@ -31,12 +31,18 @@ struct Isa {
 
 const std::vector<Isa>& isas() {
   static const std::vector<Isa>& list = *[] {  // never destroyed: threads may outlive static destruction
+#if defined(__x86_64__)
+    // What the compiler may use under -march=x86-64-v3.
+    const bool v3 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi") &&
+                    __builtin_cpu_supports("bmi2");
+#endif
 #define FUSEDRNN_ISA(name, has, target) {name, bool(has), &target::kernels_float, &target::kernels_double}
     return new std::vector<Isa>{
 #if defined(__x86_64__)
-        FUSEDRNN_ISA("avx512", __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
-                                   __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl"), avx512),
-        FUSEDRNN_ISA("avx2", __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"), avx2),
+        FUSEDRNN_ISA("avx512", v3 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
+                                   __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+                                   __builtin_cpu_supports("avx512cd"), avx512),
+        FUSEDRNN_ISA("avx2", v3, avx2),
         FUSEDRNN_ISA("x86-64-v2", __builtin_cpu_supports("sse4.2"), v2),
 #elif defined(__aarch64__)
         FUSEDRNN_ISA("neon", true, neon),
