@@ -15,6 +15,8 @@
 
 namespace fusedrnn {
 
+FUSEDRNN_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
 constexpr int max_phases = 2;
 constexpr int max_states = 2;
 constexpr int64_t reduction_rows = 4096;  // sums over T*B are cut into blocks of so many rows, added in block order
@@ -82,6 +84,7 @@ struct ForwardArgs {
   // Workspace
   T* pre;                         // per thread [chunk_steps][its rows][its blocks][slots * lanes], pre_thread apart
   int64_t pre_thread;
+  T* carry;                       // (B, H): h from one range of steps to the next; null where there is one range
   const T* zeros;                 // H + lanes zeros
 };
 

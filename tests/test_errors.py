@@ -268,6 +268,10 @@ CASES = [
     (ValueError, "out must be writeable", lambda e: e.frozen(e.x, out=NOT_WRITEABLE)),
     (ValueError, "out must be writeable", lambda e: e.lstm.forward(e.x, out=NOT_WRITEABLE)),
     (ValueError, "out must be writeable", lambda e: e.stream.step(e.x[0], NOT_WRITEABLE[0])),
+    (TypeError, r"^stream\.step: x is missing$", lambda e: e.stream.step()),
+    (TypeError, r"^stream\.step: got 'x' twice$", lambda e: e.stream.step(e.x[0], x=e.x[0])),
+    (TypeError, r"^stream\.step: got an unexpected argument 'y'$", lambda e: e.stream.step(e.x[0], y=e.x[0])),
+    (TypeError, r"^stream\.step: takes x and out, got 3 arg", lambda e: e.stream.step(e.x[0], None, 1)),
     (
         ValueError,
         r"out must have shape \(3, 6\), got \(2, 6\)",

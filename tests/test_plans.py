@@ -24,8 +24,8 @@ def own_plans_again():
 
 
 @contextmanager
-def plan(row_threads=0, unit_threads=0, chunk_steps=0, chunk_rows=0):
-    _core.override_plan(row_threads, unit_threads, chunk_steps, chunk_rows)
+def plan(row_threads=0, unit_threads=0, chunk_steps=0, chunk_rows=0, teams=0, ranges=0):
+    _core.override_plan(row_threads, unit_threads, chunk_steps, chunk_rows, teams, ranges)
     try:
         yield
     finally:
@@ -55,10 +55,13 @@ def test_every_plan_of_a_grid(cell, dtype, shape):
 def test_drawn_plans(cell, dtype):
     sizes = st.builds(
         Case, st.just(cell), st.just(dtype), st.integers(1, 12), st.integers(1, 24), st.integers(1, 40),
-        st.integers(1, 100), st.integers(1, 2), st.integers(1, 2), st.booleans(), st.booleans(),
+        st.integers(1, 100), st.integers(1, 4), st.integers(1, 2), st.booleans(), st.booleans(),
         st.just("given"), st.just("both"), st.just(0.0), st.just(False), st.integers(0, 99),
     )  # fmt: skip
-    plans = st.tuples(st.integers(0, 4), st.integers(0, 4), st.integers(0, 13), st.integers(0, 300))
+    plans = st.tuples(
+        st.integers(0, 4), st.integers(0, 4), st.integers(0, 13), st.integers(0, 300), st.integers(0, 4),
+        st.integers(0, 7),
+    )  # fmt: skip
 
     @settings(max_examples=20, derandomize=True, deadline=None, database=None)
     @given(sizes, plans, plans, st.integers(2, 6))
@@ -72,6 +75,21 @@ def test_drawn_plans(cell, dtype):
                     assert_same_bits(run(call), want)
 
     check()
+
+
+@pytest.mark.parametrize("cell", ["lstm", "gru_reset_before"])
+@every_dtype
+@pytest.mark.parametrize("ragged", [False, True], ids=["full", "lengths"])
+@pytest.mark.parametrize("threads", [2, 3, 8])
+def test_every_wavefront(cell, dtype, ragged, threads):
+    """Three layers over teams and ranges of steps, down to ranges of two steps."""
+    call = draw(Case(cell, dtype, 11, 7, 19, 70, 3, ragged=ragged))
+    with fr.num_threads(1):
+        want = run(call)
+    with fr.num_threads(threads):
+        for teams, ranges, row_threads in product((1, 2, 3), (2, 3, 5), (1, 2)):
+            with plan(row_threads, teams=teams, ranges=ranges):
+                assert_same_bits(run(call), want)
 
 
 @pytest.mark.parametrize("cell", ["lstm", "gru_reset_before"])
@@ -102,3 +120,26 @@ def test_trace_prints_the_plan_and_the_estimate_beside_the_time():
     for line in lines:
         assert re.search(r"T=3 B=2 I=\d H=7 float32, \S+: \d+ row x \d+ unit threads", line)
         assert re.search(r"expected \d+ us, took \d+$", line)
+
+
+def test_trace_prints_a_wavefront():
+    code = (
+        "import time, numpy as np, fusedrnn as fr; from fusedrnn import _core; fr.set_num_threads(2); "
+        "_core.override_plan(teams=2, ranges=3); layer = fr.RNN(5, 7, num_layers=2, seed=0); "
+        "x = np.ones((9, 2, 5), np.float32)\n"
+        "for _ in range(40): y, _, tape = layer.forward(x); layer.backward(tape, y); time.sleep(0.01)"
+    )
+    env = {**os.environ, "FUSEDRNN_TRACE": "1"}
+    lines = subprocess.run(
+        [sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True
+    ).stderr.splitlines()
+    for which in ("forward", "backward"):  # a call beside busy processes may run on one thread
+        at = next(i for i, line in enumerate(lines) if line.startswith(f"fusedrnn: {which} rnn_tanh: "))
+        assert re.fullmatch(
+            rf"fusedrnn: {which} rnn_tanh: 2 layers as a wavefront of 2 teams over 3 ranges of steps; "
+            r"expected \d+ us, took \d+",
+            lines[at],
+        )
+        for layer in (0, 1):
+            assert f"fusedrnn: {which} rnn_tanh layer {layer}: T=9" in lines[at - 2 + layer]
+            assert " in a wavefront, " in lines[at - 2 + layer]

@@ -1,6 +1,7 @@
 // Threads, ISA, build and the machine's own limits.
 #include <chrono>
 #include <cstring>
+#include <memory>
 #include <optional>
 #include <thread>
 
@@ -71,6 +72,20 @@ double stream_bandwidth(int threads, int64_t bytes) {
   return best;
 }
 
+// An uninitialised array in a Buffer: large results need no fresh pages from the system in every call.
+py::array empty(const py::tuple& sizes, const py::dtype& dtype) {
+  std::vector<py::ssize_t> shape;
+  for (py::handle n : sizes) shape.push_back(n.cast<py::ssize_t>());
+  size_t bytes = size_t(dtype.itemsize());
+  for (py::ssize_t n : shape)
+    if (__builtin_mul_overflow(bytes, size_t(n), &bytes)) throw std::length_error("array size overflows");
+  auto buffer = std::make_unique<Buffer>(bytes);
+  void* const data = buffer->data();
+  py::capsule owner(buffer.get(), [](void* held) { delete static_cast<Buffer*>(held); });
+  buffer.release();
+  return py::array(dtype, shape, data, owner);
+}
+
 py::dict build_info() {
   py::dict info;
   info["version"] = FUSEDRNN_VERSION;
@@ -97,14 +112,16 @@ void register_machine(py::module_& m) {
     return names;
   });
   m.def("build_info", &build_info);
+  m.def("empty", &empty, py::arg("shape"), py::arg("dtype"));
   m.def("fma_peak", &fma_peak, py::arg("dtype"), py::arg("threads"));
   m.def("stream_bandwidth", &stream_bandwidth, py::arg("threads"), py::arg("bytes"));
   m.def(
       "override_plan",
-      [](int row_threads, int unit_threads, int64_t chunk_steps, int64_t chunk_rows) {
-        set_plan_override({row_threads, unit_threads, chunk_steps, chunk_rows});
+      [](int row_threads, int unit_threads, int64_t chunk_steps, int64_t chunk_rows, int teams, int64_t ranges) {
+        set_plan_override({row_threads, unit_threads, chunk_steps, chunk_rows, teams, ranges});
       },
       py::arg("row_threads") = 0, py::arg("unit_threads") = 0, py::arg("chunk_steps") = 0, py::arg("chunk_rows") = 0,
+      py::arg("teams") = 0, py::arg("ranges") = 0,
       "For tests: replaces what plans choose, where above 0. The results of a call do not depend on it.");
 }
 

@@ -4,6 +4,7 @@
 #include <variant>
 
 #include "bindings/arrays.h"
+#include "cpu/stream.h"
 
 namespace fusedrnn::bindings {
 namespace {
@@ -155,16 +156,61 @@ class PyStream {
   std::atomic<bool> busy_{false};
 };
 
+// Stream.step in CPython's own calling convention: pybind11's dispatch, keywords above all, takes longer than a small step.
+PyObject* step(PyObject* self, PyObject* const* args, Py_ssize_t count, PyObject* keywords) {
+  static const char* const names[] = {"x", "out"};
+  PyObject* given[2] = {nullptr, nullptr};
+  const Py_ssize_t named = keywords ? PyTuple_GET_SIZE(keywords) : 0;
+  if (count > 2) {
+    PyErr_Format(PyExc_TypeError, "stream.step: takes x and out, got %zd arguments", count);
+    return nullptr;
+  }
+  for (Py_ssize_t i = 0; i < count; ++i) given[i] = args[i];
+  for (Py_ssize_t i = 0; i < named; ++i) {
+    PyObject* const name = PyTuple_GET_ITEM(keywords, i);
+    int at = 0;
+    while (at < 2 && PyUnicode_CompareWithASCIIString(name, names[at]) != 0) ++at;
+    if (at == 2 || given[at]) {
+      PyErr_Format(PyExc_TypeError, at == 2 ? "stream.step: got an unexpected argument %R" : "stream.step: got %R twice", name);
+      return nullptr;
+    }
+    given[at] = args[count + i];
+  }
+  if (!given[0]) {
+    PyErr_SetString(PyExc_TypeError, "stream.step: x is missing");
+    return nullptr;
+  }
+  try {
+    const py::handle out = given[1] ? given[1] : Py_None;
+    return py::cast<PyStream&>(py::handle(self))
+        .step(py::reinterpret_borrow<py::object>(given[0]), py::reinterpret_borrow<py::object>(out))
+        .release()
+        .ptr();
+  } catch (py::error_already_set& error) {
+    error.restore();
+  } catch (const py::builtin_exception& error) {
+    error.set_error();
+  } catch (const std::exception& error) {
+    PyErr_SetString(PyExc_RuntimeError, error.what());
+  }
+  return nullptr;
+}
+
+PyMethodDef step_method = {"step", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(step)),
+                           METH_FASTCALL | METH_KEYWORDS, "step(x, out=None) -> h"};
+
 }  // namespace
 
 void register_stream(py::module_& m) {
-  py::class_<PyStream>(m, "Stream")
+  py::class_<PyStream> stream(m, "Stream");
+  stream
       .def(py::init<const PySpec&, const py::tuple&, const PyPanels&, int64_t>(), py::arg("spec"), py::arg("params"),
            py::arg("panels"), py::arg("batch_size"))
-      .def("step", &PyStream::step, py::arg("x"), py::arg("out") = py::none())
       .def("set_state", &PyStream::set_state, py::arg("state").none(true))
       .def_property_readonly("state", &PyStream::state)
       .def_property_readonly("batch_size", &PyStream::batch);
+  stream.attr("step") = py::reinterpret_steal<py::object>(
+      PyDescr_NewMethod(reinterpret_cast<PyTypeObject*>(stream.ptr()), &step_method));
 }
 
 }  // namespace fusedrnn::bindings

@@ -10,6 +10,7 @@
 
 #include <utility>
 
+#include "args.h"
 #include "cpu/simd.h"
 
 namespace fusedrnn::FUSEDRNN_TARGET {
@@ -118,8 +119,6 @@ struct Cut {
   int64_t n, pieces;
   FUSEDRNN_INLINE int64_t begin(int64_t i) const { return i * n / pieces; }
 };
-
-FUSEDRNN_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // The tiles of a product of `rows` rows and `blocks` blocks: even pieces, none smaller than need be.
 template <class T, int NG>

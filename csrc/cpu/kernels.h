@@ -6,10 +6,12 @@
 
 namespace fusedrnn {
 
+// Both run steps [begin, end) of one layer, the backward pass from the last to the first. A sequence may be cut into such
+// ranges of at least two steps each, run in order; every thread of the team must have finished one before the next.
 template <class T>
 struct CellKernels {
-  void (*forward)(const ForwardArgs<T>&, const Team&);
-  void (*backward)(const BackwardArgs<T>&, const Team&);
+  void (*forward)(const ForwardArgs<T>&, const Team&, int64_t begin, int64_t end);
+  void (*backward)(const BackwardArgs<T>&, const Team&, int64_t begin, int64_t end);
 };
 
 template <class T>

@@ -7,13 +7,13 @@
 namespace fusedrnn::FUSEDRNN_TARGET {
 
 template <class T, class Cell>
-void forward(const ForwardArgs<T>& args, const Team& team) {
-  Forward<T, Cell>(args, team).run(team);
+void forward(const ForwardArgs<T>& args, const Team& team, int64_t begin, int64_t end) {
+  Forward<T, Cell>(args, team, begin, end).run(team);
 }
 
 template <class T, class Cell>
-void backward(const BackwardArgs<T>& args, const Team& team) {
-  Backward<T, Cell>(args, team).run();
+void backward(const BackwardArgs<T>& args, const Team& team, int64_t begin, int64_t end) {
+  Backward<T, Cell>(args, team).run(begin, end);
 }
 
 // SplitMix64 (Steele, Lea and Flood, 2014) as a function of the element's number, so that any part of a mask can be

@@ -60,19 +60,22 @@ struct Forward {
   static constexpr int L = V::lanes;
   static constexpr int slots = Cell::slots * L;
   const ForwardArgs<T>& a;
+  const int64_t begin, end;  // the steps to run
   const Share share;
   const int64_t blocks = share.b1 - share.b0;
   T* const pre;
 
-  Forward(const ForwardArgs<T>& args, const Team& team)
-      : a(args), share(share_of<T>(team, args.schedule, args.H)), pre(args.pre + team.rank * args.pre_thread) {}
+  Forward(const ForwardArgs<T>& args, const Team& team, int64_t begin, int64_t end)
+      : a(args), begin(begin), end(end), share(share_of<T>(team, args.schedule, args.H)),
+        pre(args.pre + team.rank * args.pre_thread) {}
 
   // The rows of the share that run at step s are [share.j0, running(s)).
   FUSEDRNN_INLINE int64_t running(int64_t s) const {
     return largest(share.j0, smallest(a.schedule.active[s], share.j1));
   }
   FUSEDRNN_INLINE const T* h_prev(int64_t s, int64_t j) const {
-    if (s > 0) return a.y.at(s - 1, j);
+    if (s > begin) return a.y.at(s - 1, j);
+    if (s > 0) return a.carry + a.state_row[j];
     return a.state[0] ? a.state[0] + a.state_row[j] : a.zeros;
   }
   FUSEDRNN_INLINE T* operand(int64_t s, int64_t j) const {
@@ -87,11 +90,11 @@ struct Forward {
   }
 
   void run(const Team& team) const {
-    start_states();
-    for (int64_t c = 0; c < a.schedule.steps; c += team.plan.chunk_steps) {
-      const int64_t end = smallest(c + team.plan.chunk_steps, a.schedule.steps);
-      if (end - c > 1) input_product(c, end, share.b0, share.b1);
-      for (int64_t s = c; s < end; ++s) phases<0>(s, c, end - c == 1);
+    if (begin == 0) start_states();
+    for (int64_t c = begin; c < end; c += team.plan.chunk_steps) {
+      const int64_t next = smallest(c + team.plan.chunk_steps, end);
+      if (next - c > 1) input_product(c, next, share.b0, share.b1);
+      for (int64_t s = c; s < next; ++s) phases<0>(s, c, next - c == 1);
     }
   }
 
@@ -140,7 +143,7 @@ struct Forward {
   template <int p>
   FUSEDRNN_INLINE void phases(int64_t s, int64_t c, bool with_input) const {
     phase<p>(s, c, p == 0 && with_input);
-    wait(share.barrier);
+    if (p + 1 < Cell::phases || s + 1 < a.schedule.steps) wait(share.barrier);  // whoever called waits for the last
     if constexpr (p + 1 < Cell::phases) phases<p + 1>(s, c, with_input);
   }
 
@@ -208,6 +211,7 @@ struct Forward {
     } else {
       lanes.store(a.y.at(s, j) + u, state[0]);
       if (a.copy.base) lanes.store(a.copy.at(s, j) + u, state[0]);
+      if (s + 1 == end && a.carry) lanes.store(a.carry + a.state_row[j] + u, state[0]);
       if (j >= a.schedule.active[s + 1]) lanes.store(a.final_state[0] + a.state_row[j] + u, state[0]);
 #pragma GCC unroll 8
       for (int i = 1; i < Cell::states; ++i) lanes.store(a.final_state[i] + a.state_row[j] + u, state[i]);
@@ -234,23 +238,27 @@ struct Backward {
   const int64_t batch = f.schedule.batch;
   const int64_t panel_stride = operand_panel_stride(team.plan.chunk_rows, L);
 
-  Backward(const BackwardArgs<T>& args, const Team& team) : a(args), forward(args.forward, team), team(team) {}
+  Backward(const BackwardArgs<T>& args, const Team& team)
+      : a(args), forward(args.forward, team, 0, args.forward.schedule.steps), team(team) {}
 
   // Row i of the chunk's gradients of block b; rows [0, batch) are those of the step before the chunk.
   FUSEDRNN_INLINE T* gates(int64_t b, int64_t i) const { return a.gates + b * a.gates_block + i * slots; }
 
-  void run() const {
-    start_carry();
+  // Steps end - 1 down to begin, which the last call left off at.
+  void run(int64_t begin, int64_t end) const {
     const int64_t* active = f.schedule.active;
-    int64_t done = 0, last = 0;  // rows reduced so far; where the gradients of step s + 1 start
-    for (int64_t s = f.schedule.steps - 1; s >= 0;) {
-      int64_t rows = 0, end = s;
-      for (; s >= 0 && (rows == 0 || rows + active[s] <= team.plan.chunk_rows); --s) {
+    int64_t done = f.schedule.offset[f.schedule.steps] - f.schedule.offset[end];  // rows reduced so far
+    int64_t last = 0;  // where the gradients of step s + 1 start
+    if (end == f.schedule.steps) start_carry();
+    for (int64_t s = end - 1; s >= begin;) {
+      const int64_t hi = s;
+      int64_t rows = 0;
+      for (; s >= begin && (rows == 0 || rows + active[s] <= team.plan.chunk_rows); --s) {
         step<0>(s, last, batch + rows);
         last = batch + rows;
         rows += active[s];
       }
-      chunk_gradients(s + 1, end, rows, done);
+      chunk_gradients(s + 1, hi, rows, done);
       done += rows;
       if (s >= 0) {
         for (int64_t b = share.b0; b < share.b1; ++b)
@@ -260,6 +268,7 @@ struct Backward {
         wait(team.all);
       }
     }
+    if (begin > 0) return;
     product<0>(-1, last, [&](int64_t j, int64_t b, const T* grad) {
       V::load(grad).store(a.carry[0] + j * padded + b * L);
     });
@@ -301,6 +310,48 @@ struct Backward {
     if constexpr (q + 1 < Cell::phases) step<q + 1>(s, next, now);
   }
 
+  // Rows of a product with a transposed panel, whose results lie in `scratch` until they are used.
+  struct Batch {
+    static constexpr int most_rows = 48;
+    const T *a[most_rows], *cin[most_rows];
+    alignas(64) T scratch[most_rows * 4 * L];
+    int vectors;
+    FUSEDRNN_INLINE T* result(int row) { return scratch + row * vectors * L; }
+  };
+
+  // A long product is cut so that a piece of the panel, which all rows of a batch read, stays in the second cache level.
+  static constexpr int64_t panel_piece = (256 << 10) / sizeof(V);  // in vectors
+  struct Pieces {
+    int64_t segments, rows;  // of a piece; of a batch
+    Pieces(int64_t k, int64_t all, int64_t rows, int64_t vectors) : segments(largest(all, 1)), rows(tile_max_rows(int(vectors))) {
+      if (rows <= this->rows || all * k * vectors <= panel_piece) return;
+      segments = largest(1, panel_piece / (k * vectors));
+      this->rows = Batch::most_rows;
+    }
+  };
+
+  // result(r) = cin[r] + a[r] times the panel at b, for n rows; b_block, a_segment, k and cin_block are t's.
+  static void run_batch(Batch& batch, int n, Tile<T>& t, const T* b, int64_t segments, int64_t piece) {
+    const Cut tiles{n, ceil_div(n, tile_max_rows(batch.vectors))};
+    const ptrdiff_t cin_block = t.cin_block;
+    t.cout_block = L;
+    for (int64_t first = 0; first == 0 || first < segments; first += piece) {
+      t.segments = smallest(piece, segments - first);
+      t.b = b + first * t.k * L;
+      t.cin_block = first == 0 ? cin_block : L;
+      for (int64_t i = 0; i < tiles.pieces; ++i) {
+        const int r0 = int(tiles.begin(i)), rows = int(tiles.begin(i + 1)) - r0;
+        for (int r = 0; r < rows; ++r) {
+          t.a[r] = batch.a[r0 + r] + first * t.a_segment;
+          t.cout[r] = batch.result(r0 + r);
+          t.cin[r] = first == 0 ? batch.cin[r0 + r] : t.cout[r];
+        }
+        run_tile<T, 1>(rows, batch.vectors, t);
+      }
+    }
+    t.cin_block = cin_block;
+  }
+
   // Calls then(j, b, grad) for every running row and block of the share, where grad holds the gradient of the operand
   // of the matching forward phase: W_hh^T times the slots' gradients at rows `from`, on top of the carry when q = 0.
   template <int q, class Then>
@@ -311,38 +362,39 @@ struct Backward {
     // Rows that ended at step s got nothing from a later step: for them the product is empty.
     int64_t fed = q > 0 ? forward.running(s) : s + 1 < steps ? forward.running(s + 1) : share.j0;
     int64_t ends = s >= 0 ? forward.running(s) : fed;
-    alignas(64) T scratch[8 * tile_max_vectors * L];
+    Batch batch;
     Tile<T> t;
     t.k = span.count * L, t.a_stride = 1, t.a_segment = a.gates_block;
-    t.b_block = a.hh_block[p], t.cin_block = q == 0 ? L : 0, t.cout_block = L;
+    t.b_block = a.hh_block[p], t.cin_block = q == 0 ? L : 0;
     for (int part = 0; part < 2; ++part) {
       int64_t j0 = part == 0 ? share.j0 : fed, j1 = part == 0 ? fed : ends;
       if (j1 <= j0) continue;
-      t.segments = part == 0 ? blocks : 0;
-      Tiling<T, 1> tiling(j1 - j0, share.b1 - share.b0);
+      const Tiling<T, 1> tiling(j1 - j0, share.b1 - share.b0);
       for (int64_t k = 0; k < tiling.block.pieces; ++k) {
         const int64_t g = there_and_back(k, tiling.block.pieces, s);
-        int64_t b0 = share.b0 + tiling.block.begin(g), b1 = share.b0 + tiling.block.begin(g + 1);
-        t.b = a.w_hh_t[p] + b0 * a.hh_block[p];
-        for (int64_t i = 0; i < tiling.row.pieces; ++i) {
-          int64_t j = j0 + tiling.row.begin(i);
-          int n = int(tiling.row.begin(i + 1) - tiling.row.begin(i));
-          if (k == 0 && share.barrier && part == 0 && i + 1 < tiling.row.pieces)  // the next rows, from other cores
+        const int64_t b0 = share.b0 + tiling.block.begin(g), b1 = share.b0 + tiling.block.begin(g + 1);
+        batch.vectors = int(b1 - b0);
+        const int64_t segments = part == 0 ? blocks : 0;
+        const Pieces piece(t.k, segments, j1 - j0, b1 - b0);
+        const Cut row{j1 - j0, ceil_div(j1 - j0, piece.rows)};
+        for (int64_t i = 0; i < row.pieces; ++i) {
+          const int64_t j = j0 + row.begin(i);
+          const int n = int(row.begin(i + 1) - row.begin(i));
+          if (k == 0 && share.barrier && part == 0 && i + 1 < row.pieces)  // the next rows, from other cores
             for (int64_t b = 0; b < blocks; ++b)
               if (b < share.b0 || b >= share.b1)
-                prefetch<false>(gates(b, from + j + n), (tiling.row.begin(i + 2) - tiling.row.begin(i + 1)) * slots);
+                prefetch<false>(gates(b, from + j + n), (row.begin(i + 2) - row.begin(i + 1)) * slots);
           for (int r = 0; r < n; ++r) {
-            t.a[r] = gates(0, from + j + r) + span.first * L;
-            t.cin[r] = q == 0 ? a.carry[0] + (j + r) * padded + b0 * L : f.zeros;
-            t.cout[r] = scratch + r * tile_max_vectors * L;
+            batch.a[r] = gates(0, from + j + r) + span.first * L;
+            batch.cin[r] = q == 0 ? a.carry[0] + (j + r) * padded + b0 * L : f.zeros;
             if (s >= 0) {
               prefetch<false>(forward.saved(s, j + r, b0), (b1 - b0) * L * Cell::saved);
               if (q == 0 && a.dy.base) prefetch<false>(a.dy.at(s, j + r) + b0 * L, (b1 - b0) * L);
             }
           }
-          run_tile<T, 1>(n, int(b1 - b0), t);
+          run_batch(batch, n, t, a.w_hh_t[p] + b0 * a.hh_block[p], segments, piece.segments);
           for (int r = 0; r < n; ++r)
-            for (int64_t b = b0; b < b1; ++b) then(j + r, b, t.cout[r] + (b - b0) * L);
+            for (int64_t b = b0; b < b1; ++b) then(j + r, b, batch.result(r) + (b - b0) * L);
         }
       }
     }
@@ -431,11 +483,13 @@ struct Backward {
     constexpr int wide = 3;  // then the rows of a tile divide the lanes of a vector
     const Cut columns{ceil_div(N, L), ceil_div(ceil_div(N, L), wide)};
     Cut cut = tasks(blocks * columns.pieces);
+    const bool by_columns = span.count < wide;  // of gradients and panel, the larger part of a task is met again and again
     alignas(64) T scratch[8 * wide * L];
     Tile<T> t;
     t.segments = 1, t.a_stride = slots, t.a_segment = 0, t.b_block = panel_stride;
     for (int64_t task = cut.begin(team.rank); task < cut.begin(team.rank + 1); ++task) {
-      const int64_t b = task / columns.pieces, g = task % columns.pieces;
+      const int64_t b = by_columns ? task % blocks : task / columns.pieces;
+      const int64_t g = by_columns ? task / blocks : task % columns.pieces;
       const int64_t n0 = columns.begin(g), vectors = columns.begin(g + 1) - n0;
       const int64_t width = smallest(N - n0 * L, vectors * L);
       const bool whole = width == vectors * L;
@@ -516,26 +570,27 @@ struct Backward {
     const Tiling<T, 1> tiling(rows, ceil_div(f.I, L));
     const Cut mine{tiling.block.pieces, team.plan.unit_threads};
     const int part = team.rank % team.plan.unit_threads;
-    alignas(64) T scratch[8 * tile_max_vectors * L];
+    Batch batch;
     Tile<T> t;
-    t.k = Cell::input.count * L, t.segments = blocks, t.a_stride = 1, t.a_segment = a.gates_block;
-    t.b_block = a.ih_block, t.cin_block = 0, t.cout_block = L;
+    t.k = Cell::input.count * L, t.a_stride = 1, t.a_segment = a.gates_block;
+    t.b_block = a.ih_block, t.cin_block = 0;
     for (int64_t g = mine.begin(part); g < mine.begin(part + 1); ++g) {
       const int64_t n0 = tiling.block.begin(g), vectors = tiling.block.begin(g + 1) - n0;
-      t.b = a.w_ih_t + n0 * a.ih_block;
+      batch.vectors = int(vectors);
+      const Pieces piece(t.k, blocks, rows, vectors);
+      const Cut row{rows, ceil_div(rows, piece.rows)};
       int64_t s = hi, j = share.j0, before = 0;  // row (s, j) of the chunk is number before + j
-      for (int64_t p = 0; p < tiling.row.pieces; ++p) {
-        const int n = int(tiling.row.begin(p + 1) - tiling.row.begin(p));
-        T* to[8];
+      for (int64_t i = 0; i < row.pieces; ++i) {
+        const int n = int(row.begin(i + 1) - row.begin(i));
+        T* to[Batch::most_rows];
         for (int r = 0; r < n; ++r, ++j) {
           while (j >= forward.running(s)) before += f.schedule.active[s], --s, j = share.j0;
-          t.a[r] = gates(0, batch + before + j) + Cell::input.first * L;
-          t.cin[r] = f.zeros;
-          t.cout[r] = scratch + r * tile_max_vectors * L;
+          batch.a[r] = gates(0, this->batch + before + j) + Cell::input.first * L;
+          batch.cin[r] = f.zeros;
           to[r] = a.dx.at(s, j) + n0 * L;
         }
-        run_tile<T, 1>(n, int(vectors), t);
-        for (int r = 0; r < n; ++r) add_to(to[r], t.cout[r], smallest(f.I - n0 * L, vectors * L), a.dx_adds);
+        run_batch(batch, n, t, a.w_ih_t + n0 * a.ih_block, blocks, piece.segments);
+        for (int r = 0; r < n; ++r) add_to(to[r], batch.result(r), smallest(f.I - n0 * L, vectors * L), a.dx_adds);
       }
     }
   }

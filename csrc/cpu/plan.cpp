@@ -1,6 +1,7 @@
 #include "cpu/plan.h"
 
 #include <algorithm>
+#include <cmath>
 
 #if defined(__linux__)
 #include <unistd.h>
@@ -11,17 +12,18 @@ namespace {
 
 PlanOverride override_values;
 
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 // What things cost on a core of today, in nanoseconds; only their proportions matter. From docs/performance.md.
 constexpr double fma_per_ns = 7.0;            // vector FMAs
 constexpr double l2_bytes_per_ns = 200.0;     // a panel read once per row tile
 constexpr double l3_bytes_per_ns = 80.0;      // a panel that the second level does not hold, once per step
 constexpr double exchange_bytes_per_ns = 5;   // rows that another core has just written: 80 with a shared cache, 3 without
 constexpr double cell_ns = 12.0;              // the epilogue of one vector
-constexpr double barrier_ns = 500.0;          // two hand-overs between cores that share no cache
+constexpr double hop_ns = 250.0;              // a line from one core to another with which it shares no cache
 constexpr double tile_ns = 8.0;
 constexpr double start_ns = 3000.0;           // handing a call to another thread and waiting for it
+
+// Its members arrive one after the other at one counter, then all are told at once.
+double barrier_ns(int members) { return hop_ns * (1 + 0.5 * members); }
 
 // The time of one layer over all steps, cut `rows` x `units` ways.
 double layer_ns(const LayerSize& size, const Machine& machine, int rows, int units, bool forward) {
@@ -38,7 +40,7 @@ double layer_ns(const LayerSize& size, const Machine& machine, int rows, int uni
   double step = std::max(fma, from_l2) + 0.4 * from_l3 + B * blocks * cell_ns + tiles * blocks * tile_ns;
   if (units > 1) {
     const double row_bytes = double(size.H) * size.element_bytes * (forward ? 1.0 : gates);
-    step += B * row_bytes * (units - 1) / units / exchange_bytes_per_ns + barrier_ns * size.cell->phases;
+    step += B * row_bytes * (units - 1) / units / exchange_bytes_per_ns + barrier_ns(units) * size.cell->phases;
   }
   // The input product; in backward, the gradients of x and of both weight matrices.
   const double products = forward ? double(size.I) : double(2 * size.I + size.H);
@@ -46,7 +48,7 @@ double layer_ns(const LayerSize& size, const Machine& machine, int rows, int uni
   return double(size.T) * (step + rest) + (rows * units > 1 ? start_ns : 0);
 }
 
-Plan cut(const LayerSize& size, const Machine& machine, int threads, bool forward) {
+Plan cut(const LayerSize& size, const Machine& machine, int threads, int least, bool forward) {
   const int64_t blocks = ceil_div(size.H, size.lanes);
   Plan best;
   double best_ns = 0;
@@ -57,12 +59,46 @@ Plan cut(const LayerSize& size, const Machine& machine, int threads, bool forwar
       if (override_values.row_threads > 0 &&
           rows != std::min<int64_t>({override_values.row_threads, threads / units, size.B}))
         continue;
+      if (rows * units < least && (units < std::min<int64_t>(threads, blocks) || rows < std::min<int64_t>(threads / units, size.B)))
+        continue;
       const double ns = layer_ns(size, machine, rows, units, forward);
       if (best_ns == 0 || ns < best_ns) best_ns = ns, best.row_threads = rows, best.unit_threads = units;
     }
   }
   best.estimated_us = best_ns * 1e-3;
   return best;
+}
+
+Wave wave(const std::vector<LayerSize>& layers, const Machine& machine, int threads, bool forward) {
+  const int L = int(layers.size());
+  Wave best;
+  double best_ns = 0;
+  for (const LayerSize& size : layers) best_ns += 1e3 * cut(size, machine, threads, 1, forward).estimated_us;
+  best_ns *= 0.9;  // a wavefront must be clearly better: it is more to wait for
+  const int64_t most = layers[0].T / 2;
+  for (int teams = 2; teams <= std::min(L, threads); ++teams) {
+    if (override_values.teams > 0 && teams != std::min({override_values.teams, L, threads})) continue;
+    double slowest = 0, per_range = 0;  // of any team
+    for (int team = 0, l = 0; team < teams; ++team) {
+      double ns = 0, again = 0;
+      for (; l < L && int64_t(l) * teams / L == team; ++l) {
+        const LayerSize& size = layers[l];
+        ns += 1e3 * cut(size, machine, threads / teams, 1, forward).estimated_us;
+        // Each range reads W_ih again; in backward it reads and writes the gradients of all weights.
+        const double row = double(size.cell->gates * size.H) * size.element_bytes;
+        again += 2 * hop_ns + (forward ? row * double(size.I) / l2_bytes_per_ns
+                                           : 2 * row * double(size.I + size.H) / l3_bytes_per_ns);
+      }
+      slowest = std::max(slowest, ns), per_range = std::max(per_range, again);
+    }
+    int64_t ranges = int64_t(std::sqrt((teams - 1) * slowest / per_range));  // waiting at the start against work done again
+    if (override_values.ranges > 0) ranges = override_values.ranges;
+    ranges = std::min(std::max<int64_t>(ranges, 2), most);
+    if (ranges < 2) continue;
+    const double ns = slowest * (1 + double(teams - 1) / double(ranges)) + double(ranges) * per_range + start_ns;
+    if (override_values.teams > 0 || ns < best_ns) best_ns = ns, best = {teams, ranges, ns * 1e-3};
+  }
+  return override_values.teams == 1 ? Wave{} : best;
 }
 
 long cache_bytes(int name, long otherwise) {
@@ -85,8 +121,8 @@ Machine this_machine() {
   return machine;
 }
 
-Plan forward_plan(const LayerSize& size, const Machine& machine, int threads) {
-  Plan plan = cut(size, machine, threads, true);
+Plan forward_plan(const LayerSize& size, const Machine& machine, int threads, int least) {
+  Plan plan = cut(size, machine, threads, least, true);
   // A chunk's pre-activations take at most a quarter of the second cache level; longer chunks read W_ih less often.
   const int64_t rows = ceil_div(size.B, plan.row_threads);
   const int64_t row_bytes =
@@ -98,10 +134,18 @@ Plan forward_plan(const LayerSize& size, const Machine& machine, int threads) {
 }
 
 Plan backward_plan(const LayerSize& size, const Machine& machine, int threads) {
-  Plan plan = cut(size, machine, threads, false);
+  Plan plan = cut(size, machine, threads, 1, false);
   plan.chunk_rows = override_values.chunk_rows > 0 ? override_values.chunk_rows : 512;
   plan.chunk_rows = std::max(size.B, std::min(plan.chunk_rows, size.T * size.B));
   return plan;
+}
+
+Wave forward_wave(const std::vector<LayerSize>& layers, const Machine& machine, int threads) {
+  return wave(layers, machine, threads, true);
+}
+
+Wave backward_wave(const std::vector<LayerSize>& layers, const Machine& machine, int threads) {
+  return wave(layers, machine, threads, false);
 }
 
 void set_plan_override(const PlanOverride& values) { override_values = values; }

@@ -2,6 +2,8 @@
 // changes how long a call takes and never what it returns.
 #pragma once
 
+#include <vector>
+
 #include "args.h"
 #include "cells/all.h"
 
@@ -19,13 +21,26 @@ struct LayerSize {
   int element_bytes;
 };
 
-Plan forward_plan(const LayerSize& size, const Machine& machine, int threads);
+// `least` threads are used where the shape has work for so many, whatever the cost model says.
+Plan forward_plan(const LayerSize& size, const Machine& machine, int threads, int least = 1);
 Plan backward_plan(const LayerSize& size, const Machine& machine, int threads);
+
+// A stack's layers as a wavefront: each team runs its layers (l * teams / L is the team of layer l) one range of steps
+// after the other, as soon as the layers below, or above in backward, have done that range.
+struct Wave {
+  int teams = 1;       // 1: no wavefront; layer after layer, each with all threads
+  int64_t ranges = 1;  // that the steps are cut into
+  double estimated_us = 0;
+};
+Wave forward_wave(const std::vector<LayerSize>& layers, const Machine& machine, int threads);
+Wave backward_wave(const std::vector<LayerSize>& layers, const Machine& machine, int threads);
 
 // For tests, while no call runs: fields above 0 replace the plan's own (as far as the shape allows).
 struct PlanOverride {
   int row_threads = 0, unit_threads = 0;
   int64_t chunk_steps = 0, chunk_rows = 0;
+  int teams = 0;
+  int64_t ranges = 0;
 };
 void set_plan_override(const PlanOverride& values);
 

@@ -16,8 +16,6 @@
 namespace fusedrnn {
 namespace {
 
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 // This rank's part of n.
 struct Part {
   int64_t begin, end;
@@ -55,26 +53,34 @@ Sequence<T> time_major(T* data, int64_t B, int64_t width) {
   return {data, ptrdiff_t(B * width), ptrdiff_t(width)};
 }
 
-// The threads of a call, and which of them run which direction.
+// The threads of a call in teams: one team for all, one for each direction, or one for some neighbouring layers each.
 class Crew {
  public:
-  // `plans` makes the plan of a layer for a number of threads.
-  template <class MakePlan>
-  Crew(const Spec& spec, MakePlan make_plan) : D_(spec.D), lease_(most_threads(spec, make_plan)) {
-    threads_ = lease_.size();
-    split_ = D_ == 2 && threads_ >= 2;
-    for (int64_t l = 0; l < spec.L; ++l) plans_.push_back(make_plan(l, split_ ? threads_ / 2 : threads_));
+  // `make_plan` makes the plan of a layer, and `make_wave` that of the stack, for a number of threads.
+  template <class MakePlan, class MakeWave>
+  Crew(const Spec& spec, MakePlan make_plan, MakeWave make_wave)
+      : L_(int(spec.L)), D_(spec.D), lease_(most_threads(spec, make_plan, make_wave)), threads_(lease_.size()) {
+    if (D_ == 1 && L_ > 1 && threads_ > 1) wave_ = make_wave(threads_);
+    teams_ = D_ == 2 && threads_ >= 2 ? 2 : wave_.teams;
+    for (int l = 0; l < L_; ++l) plans_.push_back(make_plan(l, threads_ / teams_));
     all_.reset(threads_, lease_.crowded());
-    for (int64_t i = 0; i < spec.count(); ++i) {
+    for (int i = 0; i < L_ * D_; ++i) {
       const Plan& plan = plans_[i / D_];
       barriers_.push_back(std::make_unique<Barrier[]>(1 + plan.row_threads));
       barriers_.back()[0].reset(plan.threads(), lease_.crowded());
       for (int r = 0; r < plan.row_threads; ++r) barriers_.back()[1 + r].reset(plan.unit_threads, lease_.crowded());
     }
+    progress_ = std::make_unique<Progress[]>(L_);
+    for (int l = 0; l < L_; ++l) progress_[l].reset(lease_.crowded());
   }
   int threads() const { return threads_; }
-  bool split() const { return split_; }  // the two directions run at the same time, each on half of the threads
-  int first_rank(int d) const { return split_ ? d * (threads_ / 2) : 0; }
+  bool split() const { return D_ == 2 && teams_ == 2; }  // the two directions run at the same time
+  const Wave& wave() const { return wave_; }
+  bool flows() const { return wave_.teams > 1; }
+  // How many layers and directions run at the same time, and the number of one's among them: what each needs of its own.
+  int lanes() const { return flows() ? L_ : teams_; }
+  int lane(int64_t layer, int d) const { return flows() ? int(layer) : split() ? d : 0; }
+  int first_rank(int64_t layer, int d) const { return team_of(layer, d) * (threads_ / teams_); }
   const Plan& plan(int64_t layer) const { return plans_[layer]; }
   void wait() { all_.wait(); }
   void run(const std::function<void(int)>& work) { lease_.run(threads_, work); }
@@ -83,32 +89,58 @@ class Crew {
   template <class Work>
   void directions(int64_t layer, int rank, Work work) {
     for (int d = 0; d < D_; ++d) {
-      int r = rank - first_rank(d);
+      const int r = rank - first_rank(layer, d);
       Barrier* barriers = barriers_[layer * D_ + d].get();
       if (r >= 0 && r < plans_[layer].threads()) work(d, Team{plans_[layer], barriers, barriers + 1, r});
     }
   }
 
+  // The wavefront: calls work(layer, team, begin, end) for this rank's layers, range by range; a layer waits for the one
+  // before it, which is the one above it in backward.
+  template <class Work>
+  void flow(int rank, int64_t steps, bool forward, Work work) {
+    for (int64_t i = 0; i < wave_.ranges; ++i) {
+      const int64_t range = forward ? i : wave_.ranges - 1 - i;
+      const Part part(steps, int(range), int(wave_.ranges));
+      for (int k = 0; k < L_; ++k) {
+        const int l = forward ? k : L_ - 1 - k, before = forward ? l - 1 : l + 1;
+        if (rank / (threads_ / teams_) != team_of(l, 0)) continue;
+        if (k > 0) progress_[before].wait_for((i + 1) * plans_[before].threads());
+        directions(l, rank, [&](int, const Team& team) {
+          work(l, team, part.begin, part.end);
+          progress_[l].advance();
+        });
+      }
+    }
+  }
+
  private:
-  template <class MakePlan>
-  static int most_threads(const Spec& spec, MakePlan make_plan) {
+  int team_of(int64_t layer, int d) const { return D_ == 2 ? (teams_ == 2 ? d : 0) : int(layer * teams_ / L_); }
+
+  template <class MakePlan, class MakeWave>
+  static int most_threads(const Spec& spec, MakePlan make_plan, MakeWave make_wave) {
     int wanted = wanted_threads(), most = 1;
     if (wanted == 1) return 1;
+    if (spec.D == 1 && spec.L > 1 && make_wave(wanted).teams > 1) return wanted;
     for (int64_t l = 0; l < spec.L; ++l) most = std::max(most, make_plan(l, wanted).threads());
     return most > 1 && spec.D == 2 ? wanted : most;
   }
 
-  int D_, threads_;
-  bool split_;
+  int L_, D_;
   Lease lease_;
+  int threads_, teams_;
+  Wave wave_;
   std::vector<Plan> plans_;
   Barrier all_;
   std::vector<std::unique_ptr<Barrier[]>> barriers_;
+  std::unique_ptr<Progress[]> progress_;  // per layer, in threads times ranges
 };
 
 template <class T>
-LayerSize layer_size(const Spec& spec, int64_t layer, int64_t T_, int64_t B) {
-  return {T_, B, spec.input_size(layer), spec.H, &spec.info(), kernels<T>().lanes, int(sizeof(T))};
+std::vector<LayerSize> layer_sizes(const Spec& spec, int64_t T_, int64_t B) {
+  std::vector<LayerSize> sizes;
+  for (int64_t l = 0; l < spec.L; ++l) sizes.push_back(layer_size<T>(spec, l, T_, B));
+  return sizes;
 }
 
 // Distance between the blocks of a panel: a line more than they need, so that neighbours do not share cache sets.
@@ -123,22 +155,38 @@ class Trace {
   Trace(const char* pass, int rank) : pass_(pass), on_(rank == 0 && enabled()) {
     if (on_) start_ = Clock::now();
   }
-  void layer(const Spec& spec, int64_t l, int64_t T_, int64_t B, const Crew& crew, const char* dtype) {
+  template <class T>
+  void layer(const Spec& spec, int64_t l, int64_t T_, int64_t B, const Crew& crew) {
     if (!on_) return;
     const Plan& plan = crew.plan(l);
-    const double us = std::chrono::duration<double, std::micro>(Clock::now() - start_).count();
     fprintf(stderr,
             "fusedrnn: %s %s layer %lld: T=%lld B=%lld I=%lld H=%lld %s, %s: %d row x %d unit threads%s, "
-            "%lld steps or %lld rows a chunk; expected %.0f us, took %.0f\n",
+            "%lld steps or %lld rows a chunk",
             pass_, spec.info().name, (long long)l, (long long)T_, (long long)B, (long long)spec.input_size(l),
-            (long long)spec.H, dtype, isa().c_str(), plan.row_threads, plan.unit_threads,
-            crew.split() ? " for each direction" : "", (long long)plan.chunk_steps, (long long)plan.chunk_rows,
-            plan.estimated_us * (spec.D == 2 && !crew.split() ? 2 : 1), us);
-    start_ = Clock::now();
+            (long long)spec.H, sizeof(T) == 4 ? "float32" : "float64", isa().c_str(), plan.row_threads, plan.unit_threads,
+            crew.split() ? " for each direction" : crew.flows() ? " in a wavefront" : "", (long long)plan.chunk_steps,
+            (long long)plan.chunk_rows);
+    if (crew.flows())
+      fputs("\n", stderr);
+    else
+      took(plan.estimated_us * (spec.D == 2 && !crew.split() ? 2 : 1));
+  }
+  template <class T>
+  void stack(const Spec& spec, int64_t T_, int64_t B, const Crew& crew) {
+    if (!on_) return;
+    for (int64_t l = 0; l < spec.L; ++l) layer<T>(spec, l, T_, B, crew);
+    fprintf(stderr, "fusedrnn: %s %s: %lld layers as a wavefront of %d teams over %lld ranges of steps", pass_,
+            spec.info().name, (long long)spec.L, crew.wave().teams, (long long)crew.wave().ranges);
+    took(crew.wave().estimated_us);
   }
 
  private:
   using Clock = std::chrono::steady_clock;
+  void took(double expected_us) {
+    const double us = std::chrono::duration<double, std::micro>(Clock::now() - start_).count();
+    fprintf(stderr, "; expected %.0f us, took %.0f\n", expected_us, us);
+    start_ = Clock::now();
+  }
   static bool enabled() {
     static const bool on = [] {
       const char* text = getenv("FUSEDRNN_TRACE");
@@ -212,6 +260,11 @@ struct Checksums {
 };
 
 }  // namespace
+
+template <class T>
+LayerSize layer_size(const Spec& spec, int64_t layer, int64_t T_, int64_t B) {
+  return {T_, B, spec.input_size(layer), spec.H, &spec.info(), kernels<T>().lanes, int(sizeof(T))};
+}
 
 Order::Order(int64_t T, int64_t B, const int64_t* lengths) : from(B), length(B, T) {
   std::iota(from.begin(), from.end(), 0);
@@ -311,10 +364,13 @@ void run_forward(const StackForward<T>& call, Tape<T>* tape) {
   std::unique_ptr<Order> own_order;
   if (!tape) own_order = std::make_unique<Order>(T_, B, call.lengths);
   const Order& order = tape ? tape->order : *own_order;
+  const int64_t steps = order.active.size() - 1;
 
-  Crew crew(spec, [&](int64_t l, int threads) {
-    return forward_plan(layer_size<T>(spec, l, order.active.size() - 1, B), this_machine(), threads);
-  });
+  const bool drops = tape && tape->dropout > 0 && spec.L > 1;
+  const std::vector<LayerSize> sizes = layer_sizes<T>(spec, steps, B);
+  Crew crew(
+      spec, [&](int64_t l, int threads) { return forward_plan(sizes[l], this_machine(), threads); },
+      [&](int threads) { return drops ? Wave{} : forward_wave(sizes, this_machine(), threads); });
   std::unique_ptr<Panels<T>> own_panels;
   if (!call.panels) own_panels = std::make_unique<Panels<T>>(spec);
   const Panels<T>& panels = call.panels ? *call.panels : *own_panels;
@@ -326,14 +382,15 @@ void run_forward(const StackForward<T>& call, Tape<T>* tape) {
     pre_thread = std::max(pre_thread, plan.chunk_steps * ceil_div(B, plan.row_threads) *
                                           ceil_div(ceil_div(H, lanes), plan.unit_threads) * cell.slots * lanes);
   }
-  const bool drops = tape && tape->dropout > 0 && spec.L > 1;
   Arena arena;
-  T *pre, *zeros, *between = nullptr, *operand[2] = {nullptr, nullptr};
+  T *pre, *zeros, *between = nullptr, *carry = nullptr;
+  std::vector<T*> operand(crew.lanes());
   arena.want(&pre, {crew.threads(), pre_thread});
   arena.want(&zeros, {H + lanes});
+  if (crew.flows()) arena.want(&carry, {spec.L, B, H});
   if (spec.L > 1 && (!tape || drops)) arena.want(&between, {T_, B, width});
   if (!tape && cell.phases > 1)
-    for (int d = 0; d < spec.D; ++d) arena.want(&operand[d], {B, H});
+    for (T*& o : operand) arena.want(&o, {B, H});
   arena.allocate();
   std::fill_n(zeros, H + lanes, T(0));
   if (tape && tape->h0) std::copy_n(call.state[0], spec.count() * B * H, tape->h0);
@@ -367,8 +424,9 @@ void run_forward(const StackForward<T>& call, Tape<T>* tape) {
       a.training = tape != nullptr;
       a.turn = 0;
       a.saved = tape ? tape->saved[i] : nullptr;
-      a.operand = tape ? tape->operand[i] : operand[d];
-      a.pre = pre + crew.first_rank(d) * pre_thread, a.pre_thread = pre_thread;
+      a.operand = tape ? tape->operand[i] : operand[crew.lane(l, d)];
+      a.pre = pre + crew.first_rank(l, d) * pre_thread, a.pre_thread = pre_thread;
+      a.carry = carry ? carry + i * B * H : nullptr;
       a.zeros = zeros;
     }
     if (!top) x = drops ? Sequence<const T>(time_major<const T>(between, B, width)) : Sequence<const T>{y.data, y.step, y.row};
@@ -379,16 +437,23 @@ void run_forward(const StackForward<T>& call, Tape<T>* tape) {
     if (tape) sums.add(spec, call.weights, call.x, order, rank, crew.threads());
     crew.wait();
     Trace trace("forward", rank);
+    if (crew.flows()) {
+      crew.flow(rank, steps, true, [&](int l, const Team& team, int64_t begin, int64_t end) {
+        kernels<T>().cell[spec.cell].forward(args[l], team, begin, end);
+      });
+      trace.stack<T>(spec, T_, B, crew);
+      return;
+    }
     for (int64_t l = 0; l < spec.L; ++l) {
       if (l > 0 && drops) {
         Dropout{tape->dropout, tape->seed}.apply<T>(tape->y[l - 1], between, T_ * B * width, l, rank, crew.threads());
         crew.wait();
       }
       crew.directions(l, rank, [&](int d, const Team& team) {
-        kernels<T>().cell[spec.cell].forward(args[l * spec.D + d], team);
+        kernels<T>().cell[spec.cell].forward(args[l * spec.D + d], team, 0, steps);
       });
       crew.wait();
-      trace.layer(spec, l, T_, B, crew, sizeof(T) == 4 ? "float32" : "float64");
+      trace.layer<T>(spec, l, T_, B, crew);
     }
   });
   if (tape) tape->x_sum = sums.x, tape->weights_sum = sums.weights;
@@ -405,9 +470,12 @@ void run_backward(const StackBackward<T>& call) {
   const int64_t lanes = k.lanes, blocks = ceil_div(H, lanes), padded = blocks * lanes;
   const CellInfo& cell = spec.info();
   const bool wants_weights = !call.dweights.empty();
-  Crew crew(spec, [&](int64_t l, int threads) {
-    return backward_plan(layer_size<T>(spec, l, order.active.size() - 1, B), this_machine(), threads);
-  });
+  const int64_t steps = order.active.size() - 1;
+  const bool drops = tape.dropout > 0 && spec.L > 1;
+  const std::vector<LayerSize> sizes = layer_sizes<T>(spec, steps, B);
+  Crew crew(
+      spec, [&](int64_t l, int threads) { return backward_plan(sizes[l], this_machine(), threads); },
+      [&](int threads) { return drops ? Wave{} : backward_wave(sizes, this_machine(), threads); });
   Checksums now;
   crew.run([&](int rank) { now.add(spec, call.weights, call.x, order, rank, crew.threads()); });
   if (now.x != tape.x_sum)
@@ -423,10 +491,11 @@ void run_backward(const StackBackward<T>& call) {
     }
   if (B == 0) return;
 
-  // Workspace: one set, or one for each direction when both run at the same time.
+  // Workspace: a set for each direction or layer of those that run at the same time.
   struct Work {
     T *gates, *carry[max_states], *x_panel, *h_panel[max_phases], *sum_w_ih, *sum_w_hh, *sum_b;
-  } work[2] = {};
+  };
+  std::vector<Work> work(crew.lanes());
   struct Transposed {
     T *w_ih, *w_hh[max_phases];
     int64_t ih_block, hh_block[max_phases];
@@ -440,8 +509,7 @@ void run_backward(const StackBackward<T>& call) {
   Arena arena;
   T *zeros, *between[2] = {}, *second = nullptr, *masked = nullptr;
   arena.want(&zeros, {std::max(H, lanes) + lanes});
-  for (int d = 0; d < (crew.split() ? 2 : 1); ++d) {
-    Work& w = work[d];
+  for (Work& w : work) {
     arena.want(&w.gates, {blocks, gates_block});
     for (int s = 0; s < cell.states; ++s) arena.want(&w.carry[s], {B, padded});
     if (wants_weights) {
@@ -467,7 +535,6 @@ void run_backward(const StackBackward<T>& call) {
     }
   }
   const Dropout dropout{tape.dropout, tape.seed};
-  const bool drops = tape.dropout > 0 && spec.L > 1;
   for (int n = 0; n < 2; ++n)
     if (spec.L > n + 1) arena.want(&between[n], {T_, B, width});
   if (drops) arena.want(&masked, {T_, B, width});
@@ -488,7 +555,7 @@ void run_backward(const StackBackward<T>& call) {
     for (int d = 0; d < spec.D; ++d) {
       const int64_t i = l * spec.D + d;
       const bool back = spec.backward_in_time(d);
-      const Work& w = work[crew.split() ? d : 0];
+      const Work& w = work[crew.lane(l, d)];
       const Transposed& t = transposed[i];
       BackwardArgs<T>& a = args[i];
       ForwardArgs<T>& f = a.forward;
@@ -541,14 +608,21 @@ void run_backward(const StackBackward<T>& call) {
     }
     crew.wait();
     Trace trace("backward", rank);
+    if (crew.flows()) {
+      crew.flow(rank, steps, false, [&](int l, const Team& team, int64_t begin, int64_t end) {
+        k.cell[spec.cell].backward(args[l], team, begin, end);
+      });
+      trace.stack<T>(spec, T_, B, crew);
+      return;
+    }
     for (int64_t l = spec.L - 1; l >= 0; --l) {
       if (l > 0 && drops) dropout.apply<T>(tape.y[l - 1], masked, T_ * B * width, l, rank, threads);
       crew.wait();
       crew.directions(l, rank, [&](int d, const Team& team) {
-        k.cell[spec.cell].backward(args[l * spec.D + d], team);
+        k.cell[spec.cell].backward(args[l * spec.D + d], team, 0, steps);
       });
       crew.wait();
-      trace.layer(spec, l, T_, B, crew, sizeof(T) == 4 ? "float32" : "float64");
+      trace.layer<T>(spec, l, T_, B, crew);
       if (crew.split() && dx[l].data) {
         const int64_t I = spec.input_size(l);
         Part part(order.from.size(), rank, threads);
@@ -568,116 +642,10 @@ void run_backward(const StackBackward<T>& call) {
   });
 }
 
-template <class T>
-Stream<T>::Stream(const Spec& spec, std::shared_ptr<const Panels<T>> panels, int64_t B)
-    : spec_(spec), panels_(std::move(panels)), B_(B), order_(1, B, nullptr), levels_(spec.L) {
-  const CellInfo& cell = spec.info();
-  const int64_t H = spec.H, lanes = kernels<T>().lanes;
-  T *pre, *zeros, *operand = nullptr;
-  for (int64_t l = 0; l < spec.L; ++l)
-    most_threads_ = std::max(most_threads_, forward_plan(layer_size<T>(spec, l, 1, B), this_machine(),
-                                                         available_threads()).threads());
-  const int64_t pre_thread = B * ceil_div(H, lanes) * cell.slots * lanes;
-  arena_.want(&pre, {most_threads_, pre_thread});
-  arena_.want(&zeros, {H + lanes});
-  if (cell.phases > 1) arena_.want(&operand, {B, H});
-  for (Level& level : levels_) {
-    for (T*& h : level.h) arena_.want(&h, {B, H});
-    for (int s = 1; s < cell.states; ++s) arena_.want(&level.states[s], {B, H});
-  }
-  arena_.allocate();
-  std::fill_n(zeros, H + lanes, T(0));
-  for (int64_t j = 0; j < B; ++j) state_row_.push_back(j * H), input_row_.push_back(j * spec.I);
-  for (int64_t l = 0; l < spec.L; ++l) {
-    ForwardArgs<T>& a = levels_[l].args;
-    const auto& p = (*panels_)[l];
-    a = {};
-    a.I = spec.input_size(l), a.H = H;
-    a.schedule = order_.schedule(B);
-    a.x = {nullptr, 0, l == 0 ? input_row_.data() : state_row_.data()};
-    a.y = {nullptr, 0, state_row_.data()};
-    a.state_row = state_row_.data();
-    for (int s = 1; s < cell.states; ++s) a.state[s] = a.final_state[s] = levels_[l].states[s];
-    a.w_ih = p.w_ih, a.ih_block = p.ih_block, a.bias = p.bias;
-    for (int q = 0; q < cell.phases; ++q) a.w_hh[q] = p.w_hh[q], a.hh_block[q] = p.hh_block[q];
-    a.operand = operand;
-    a.pre = pre, a.pre_thread = pre_thread;
-    a.zeros = zeros;
-  }
-  all_ = std::make_unique<Barrier>();
-  for (Level& level : levels_) level.barriers = std::make_unique<Barrier[]>(1 + most_threads_);
-  plan_for(1);
-  reset();
-}
-
-template <class T>
-void Stream<T>::plan_for(int threads) {
-  all_->reset(threads, false);
-  for (int64_t l = 0; l < spec_.L; ++l) {
-    Level& level = levels_[l];
-    level.plan = forward_plan(layer_size<T>(spec_, l, 1, B_), this_machine(), threads);
-    level.barriers[0].reset(level.plan.threads(), false);
-    for (int r = 0; r < level.plan.row_threads; ++r) level.barriers[1 + r].reset(level.plan.unit_threads, false);
-  }
-  planned_ = threads;
-}
-
-template <class T>
-void Stream<T>::step(const T* x, T* h) {
-  if (B_ == 0) return;
-  const int next = 1 - now_;
-  for (int64_t l = 0; l < spec_.L; ++l) {
-    ForwardArgs<T>& a = levels_[l].args;
-    a.x.base = l == 0 ? x : levels_[l - 1].h[next];
-    a.y.base = l == spec_.L - 1 ? h : levels_[l].h[next];
-    a.state[0] = levels_[l].h[now_];
-    a.final_state[0] = levels_[l].h[next];
-    a.turn = now_;
-  }
-  const auto forward = kernels<T>().cell[spec_.cell].forward;
-  // After a pause the other threads are parked, and waking them costs more than a step: a slow stream stays on one.
-  using Clock = std::chrono::steady_clock;
-  const int wanted = std::min(most_threads_, wanted_threads());
-  Lease lease(wanted > 1 && Clock::now() - last_end_ < spin_window ? wanted : 1);
-  if (lease.size() != planned_) plan_for(lease.size());
-  lease.run(planned_, [&](int rank) {
-    for (Level& level : levels_) {
-      if (rank < level.plan.threads())
-        forward(level.args, Team{level.plan, &level.barriers[0], &level.barriers[1], rank});
-      if (planned_ > 1 && levels_.size() > 1) all_->wait();
-    }
-  });
-  if (wanted > 1) last_end_ = Clock::now();
-  now_ = next;
-}
-
-template <class T>
-void Stream<T>::reset() {
-  for (int i = 0; i < spec_.info().states; ++i) set_state(i, nullptr);
-}
-
-template <class T>
-void Stream<T>::get_state(int i, T* out) const {
-  const int64_t n = B_ * spec_.H;
-  for (int64_t l = 0; l < spec_.L; ++l) std::copy_n(i == 0 ? levels_[l].h[now_] : levels_[l].states[i], n, out + l * n);
-}
-
-template <class T>
-void Stream<T>::set_state(int i, const T* values) {
-  const int64_t n = B_ * spec_.H;
-  for (int64_t l = 0; l < spec_.L; ++l) {
-    T* to = i == 0 ? levels_[l].h[now_] : levels_[l].states[i];
-    if (values)
-      std::copy_n(values + l * n, n, to);
-    else
-      std::fill_n(to, n, T(0));
-  }
-}
-
 #define FUSEDRNN_INSTANTIATE(T)                                                                 \
+  template LayerSize layer_size<T>(const Spec&, int64_t, int64_t, int64_t);                     \
   template class Panels<T>;                                                                     \
   template struct Tape<T>;                                                                      \
-  template class Stream<T>;                                                                     \
   template void run_forward(const StackForward<T>&, Tape<T>*);                                  \
   template void run_backward(const StackBackward<T>&);
 FUSEDRNN_INSTANTIATE(float)

@@ -2,14 +2,13 @@
 // wrong but sizes that overflow; allocates workspace, packs, plans, and runs the layers on a team of threads.
 #pragma once
 
-#include <chrono>
 #include <memory>
 #include <vector>
 
 #include "args.h"
 #include "cells/all.h"
 #include "cpu/memory.h"
-#include "cpu/threads.h"
+#include "cpu/plan.h"
 
 namespace fusedrnn {
 
@@ -23,6 +22,10 @@ struct Spec {
   int64_t count() const { return L * D; }
   bool backward_in_time(int d) const { return reverse || d == 1; }
 };
+
+// What a plan must know of a layer that T_ steps of B rows pass through.
+template <class T>
+LayerSize layer_size(const Spec& spec, int64_t layer, int64_t T_, int64_t B);
 
 // One layer's parameters in one direction, or their gradients, C-contiguous: (gates*H, in), (gates*H, H), (gates*H) and
 // (gates*H); the biases may be null.
@@ -118,40 +121,5 @@ void run_forward(const StackForward<T>& call, Tape<T>* tape);  // tape null: inf
 // Throws std::runtime_error, with nothing written, if x or the weights are not what the tape was made from.
 template <class T>
 void run_backward(const StackBackward<T>& call);
-
-// One step after another with the state kept: a stream. Nothing is allocated after the constructor.
-template <class T>
-class Stream {
- public:
-  Stream(const Spec& spec, std::shared_ptr<const Panels<T>> panels, int64_t B);
-  void step(const T* x, T* h);  // (B, I) -> (B, H), both contiguous
-  void reset();
-  void get_state(int i, T* out) const;       // (L, B, H)
-  void set_state(int i, const T* values);
-  const Spec& spec() const { return spec_; }
-  int64_t batch() const { return B_; }
-
- private:
-  Spec spec_;
-  std::shared_ptr<const Panels<T>> panels_;
-  int64_t B_;
-  Order order_;
-  std::vector<ptrdiff_t> input_row_, state_row_;
-  void plan_for(int threads);
-  struct Level {
-    ForwardArgs<T> args;
-    Plan plan;
-    std::unique_ptr<Barrier[]> barriers;  // of the team, then of each part of the batch
-    T* h[2];                              // (B, H): the last state and the next one, in turns
-    T* states[max_states];
-  };
-  std::vector<Level> levels_;
-  int now_ = 0;                // levels_[l].h[now_] is the state
-  int most_threads_ = 1;       // that a step can use
-  int planned_ = 0;            // threads that the plans are for
-  std::chrono::steady_clock::time_point last_end_{};  // of the last step
-  std::unique_ptr<Barrier> all_;
-  Arena arena_;
-};
 
 }  // namespace fusedrnn

@@ -1,5 +1,7 @@
 #include "cpu/threads.h"
 
+#include "cpu/denormals.h"
+
 #include <sched.h>
 #include <stdlib.h>
 #include <string.h>
@@ -253,6 +255,10 @@ void Barrier::wait() {
   }
 }
 
+void Progress::wait_for(int64_t count) {
+  spin_until(yields_, [&] { return count_.load(std::memory_order_acquire) >= count; });
+}
+
 void wait(Barrier* barrier) {
   if (barrier) barrier->wait();
 }
@@ -303,10 +309,14 @@ Lease::~Lease() {
 
 void Lease::run(int threads, const std::function<void(int)>& work) {
   if (threads == 1) {
+    const FlushDenormals flush;
     work(0);
   } else {
     const int64_t start = now_us();
-    pool().run(threads, crowded(), work);
+    pool().run(threads, crowded(), [&](int rank) {
+      const FlushDenormals flush;
+      work(rank);
+    });
     judge_call(threads, now_us() - start);
   }
 }

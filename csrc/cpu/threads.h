@@ -26,6 +26,18 @@ class alignas(64) Barrier {
   bool yields_ = false;
 };
 
+// How far some threads have come, for others to wait on.
+class alignas(64) Progress {
+ public:
+  void reset(bool yields) { count_.store(0, std::memory_order_relaxed), yields_ = yields; }
+  void advance() { count_.fetch_add(1, std::memory_order_release); }
+  void wait_for(int64_t count);
+
+ private:
+  std::atomic<int64_t> count_{0};
+  bool yields_ = false;
+};
+
 void wait(Barrier* barrier);  // a null barrier has one member
 Barrier* barrier_at(Barrier* barriers, int i);
 
@@ -47,7 +59,8 @@ class Lease {
   Lease& operator=(const Lease&) = delete;
   int size() const { return size_; }
   bool crowded() const { return size_ > available_threads(); }  // more threads than cores: waiting must yield
-  void run(int threads, const std::function<void(int rank)>& work);  // returns when every rank has; work must not throw
+  // Returns when every rank has. Denormals are flushed in `work`, which must not throw.
+  void run(int threads, const std::function<void(int rank)>& work);
 
  private:
   int size_;

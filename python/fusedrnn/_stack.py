@@ -8,6 +8,7 @@ nowhere else.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from math import prod
 from typing import Any, TypeVar
 
 from numpy import empty, ndarray
@@ -19,6 +20,7 @@ from ._tape import Grads, Tape
 from ._threads import local_threads
 from ._typing import Array, Wrt
 
+LARGE = 1 << 18  # elements: malloc keeps smaller arrays by itself
 ALL: Wrt = ("x", "state", "params")
 _STATES = ("h0", "c0")
 _FINAL_GRADS = ("dh_n", "dc_n")
@@ -228,8 +230,8 @@ class Stack:
         return tuple([s.reshape(self.rows, batch, self.hidden) for s in states])
 
     def _empty(self, shape: tuple[int, ...]) -> Array:
-        try:
-            return empty(shape, self.dtype)
+        try:  # large ones in kept memory: the first touch of fresh pages costs more than computing them
+            return _core.empty(shape, self.dtype) if prod(shape) > LARGE else empty(shape, self.dtype)
         except ValueError:  # numpy's own text names no argument
             raise ValueError(
                 f"{self.where}: x must be small enough for its results, got one of shape {shape}, "

@@ -9,7 +9,9 @@
 #include <thread>
 
 #include "cpu/dispatch.h"
+#include "cpu/denormals.h"
 #include "cpu/threads.h"
+#include "cpu/tuner.h"
 #include "problem.h"
 
 // fork() with threads alive is what is tested, and memory that cannot be had is an exception, not the end.
@@ -177,6 +179,44 @@ void test_fork() {
   check(ended, "a child forked while another thread allocates can allocate");
 }
 
+// What the tuner has settled on once steps with one thread and with several have taken so long for `steps` steps.
+int settled(Tuner& tuner, int64_t one, int64_t several, int steps) {
+  for (int i = 0; i < steps; ++i) {
+    const int64_t noise = i % 29 == 0 ? 50000 : i % 7;  // a time slice now and then
+    tuner.took((tuner.choice() == 1 ? several : one) + noise);
+  }
+  while (tuner.trying()) tuner.took(tuner.choice() == 1 ? several : one);
+  return tuner.choice();
+}
+
+void test_tuner() {
+  Tuner tuner;
+  check(tuner.choice() == 0, "the first step is taken alone");
+  check(settled(tuner, 3000, 2000, 500) == 1, "two threads that are faster are found");
+  check(settled(tuner, 3000, 3200, 40000) == 0, "and left when they no longer are");
+  check(settled(tuner, 3000, 2900, 80000) == 1, "and found again");
+  Tuner busy;
+  int slow = 0;
+  for (int i = 0; i < 10000; ++i) {
+    slow += busy.choice();
+    busy.took(busy.choice() == 1 ? 4000000 : 3000);
+  }
+  check(slow >= 1 && slow <= 3, "a trial of threads without a core ends after its first step");
+}
+
+void test_denormals() {
+  volatile float tiny = 1e-40f;
+  float inside[2] = {1, 1};
+  {
+    Lease lease(2);
+    lease.run(lease.size(), [&](int rank) { inside[rank] = tiny + tiny; });
+    check(inside[0] == 0 && (lease.size() == 1 || inside[1] == 0), "every thread of a team flushes denormals");
+    lease.run(1, [&](int) { inside[0] = tiny + tiny; });
+    check(inside[0] == 0, "so does a caller that runs alone");
+  }
+  check(tiny + tiny > 0, "and the caller's mode is as it was");
+}
+
 void test_settings() {
   check(available_threads() >= 1 && default_threads() >= 1, "there is a thread");
   const int before = default_threads();
@@ -197,6 +237,8 @@ void test_settings() {
 void test_machinery(bool forks) {
   test_memory();
   test_settings();
+  test_tuner();
+  test_denormals();
   test_pool();
   test_concurrent_callers();
   if (forks) test_fork();

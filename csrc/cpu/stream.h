@@ -1,0 +1,52 @@
+// A stack's time steps one by one, as their inputs come.
+#pragma once
+
+#include <chrono>
+#include <memory>
+#include <vector>
+
+#include "cpu/stack.h"
+#include "cpu/threads.h"
+#include "cpu/tuner.h"
+
+namespace fusedrnn {
+
+// One step after another with the state kept: a stream. Nothing is allocated after the constructor.
+template <class T>
+class Stream {
+ public:
+  Stream(const Spec& spec, std::shared_ptr<const Panels<T>> panels, int64_t B);
+  void step(const T* x, T* h);  // (B, I) -> (B, H), both contiguous
+  void reset();
+  void get_state(int i, T* out) const;       // (L, B, H)
+  void set_state(int i, const T* values);
+  const Spec& spec() const { return spec_; }
+  int64_t batch() const { return B_; }
+
+ private:
+  Spec spec_;
+  std::shared_ptr<const Panels<T>> panels_;
+  int64_t B_;
+  Order order_;
+  std::vector<ptrdiff_t> input_row_, state_row_;
+  Plan plan_of(int64_t layer, int threads) const;
+  void plan_for(int threads);
+  using Clock = std::chrono::steady_clock;
+  struct Level {
+    ForwardArgs<T> args;
+    Plan plan;
+    std::unique_ptr<Barrier[]> barriers;  // of the team, then of each part of the batch
+    T* h[2];                              // (B, H): the last state and the next one, in turns
+    T* states[max_states];
+  };
+  std::vector<Level> levels_;
+  int now_ = 0;                // levels_[l].h[now_] is the state
+  int most_threads_ = 1;       // that a step can use
+  int planned_ = 0;            // threads that the plans are for
+  Clock::time_point last_end_{};  // of the last step
+  Tuner tuner_;
+  std::unique_ptr<Barrier> all_;
+  Arena arena_;
+};
+
+}  // namespace fusedrnn
