@@ -1,8 +1,9 @@
-"""`fusedrnn bench`: forward, forward + backward and a streaming step, timed against peak and peers.
+"""`fusedrnn bench`: forward, forward + backward and a streaming step, timed against peak, peers and goals.
 
     shapes    which cases there are, and the arithmetic of each
     engines   what is compared: fusedrnn and its reference; peers   PyTorch, ONNX Runtime, JAX
     measure   checks, slots, rounds, ratios;                machine  cores, caches, versions, bandwidths
+    ratios    our own times over each other, against goals
     report    the terminal;                                 page, plots   files
 
 Every figure is a median over rounds in which all candidates take turns, each on its best thread count; every
@@ -19,18 +20,21 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any, TypeVar
 
 import numpy as np
 
 from fusedrnn import _core
 from fusedrnn._cli import CommandError, natural, positive_float
 
-from . import machine, measure, report
-from .engines import Ours, Problem
+from . import machine, measure, ratios, report
+from .engines import Engine, Ours, Problem
 from .peers import DEFAULT_PEERS, PEERS
-from .shapes import CELLS, DEFAULT_CELLS, DEFAULT_WORK, WORK, cases
+from .shapes import CELLS, DEFAULT_CELLS, DEFAULT_WORK, WORK, Case, cases
 
 SCHEMA = 1
+
+Todo = TypeVar("Todo")
 
 
 def _names(known: tuple[str, ...] | list[str], text: str) -> list[str]:
@@ -46,7 +50,8 @@ def _shape(text: str) -> tuple[int, int, int, int]:
     parts = text.split(",")
     if len(parts) != 4 or not all(part.isascii() and part.isdigit() and int(part) for part in parts):
         raise argparse.ArgumentTypeError(f"must be B,T,I,H, four positive integers, got {text!r}")
-    return tuple(map(int, parts))
+    b, t, i, h = map(int, parts)
+    return b, t, i, h
 
 
 def _threads(text: str) -> int:
@@ -75,8 +80,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=partial(_names, list(WORK)),
         default=list(DEFAULT_WORK),
         metavar="WORK",
-        help="comma-separated, of forward, train (forward + backward), stream (one step from Python) and "
-        f"sweep (forward over T, B and H one at a time) (default: {','.join(DEFAULT_WORK)})",
+        help="comma-separated, of forward, train (forward + backward), stream (one step from Python), "
+        "sweep (forward over T, B and H one at a time) and ratios (of our own times, against goals) "
+        f"(default: {','.join(DEFAULT_WORK)})",
     )
     add("--dtype", choices=("float32", "float64"), default="float32", help="(default: float32)")
     add(
@@ -141,8 +147,13 @@ def run(args: argparse.Namespace) -> int:
             print(f"fusedrnn bench: {error}", file=sys.stderr)
             return 1
     labels = {name: peer["label"] for name, peer in result["peers"].items()}
-    print("\nHow many times faster than the peers (geometric mean and worst case)")
-    print("\n".join(report.summary_lines(result["summary"], labels)))
+    summary = report.summary_lines(result["summary"], labels)
+    if summary:
+        print("", *summary, sep="\n")
+    if result.get("ratios"):  # a result may be older than they are
+        if args.source:
+            print("", report.ratio_heading(), *map(report.ratio_line, result["ratios"]), sep="\n")
+        print(f"\nRatios of our own times: {report.goals_met(result['ratios'])}")
 
     if args.json:
         args.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
@@ -163,7 +174,7 @@ def _require_matplotlib() -> None:
         raise CommandError("--plot needs matplotlib: pip install 'fusedrnn[plot]'") from error
 
 
-def _read(path: Path) -> dict:
+def _read(path: Path) -> dict[str, Any]:
     try:
         result = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -173,13 +184,14 @@ def _read(path: Path) -> dict:
     return result
 
 
-def _peers(named: list[str] | None) -> tuple[list, list[str]]:
+def _peers(named: list[str] | None) -> tuple[list[Engine], list[str]]:
     """The peers to measure, and the labels of those left out because they are not installed."""
     if named and "none" in named:
         if len(named) > 1:
             raise CommandError(f"--peers: none goes with no other name, got {','.join(named)}")
         return [], []
-    found, absent = [], []
+    found: list[Engine] = []
+    absent: list[str] = []
     for name in named or DEFAULT_PEERS:
         peer = PEERS[name]
         missing = peer.missing()
@@ -194,18 +206,24 @@ def _peers(named: list[str] | None) -> tuple[list, list[str]]:
     return found, absent
 
 
-def _measure(args: argparse.Namespace) -> dict:
+def _measure(args: argparse.Namespace) -> dict[str, Any]:
     peers, absent = _peers(args.peers)
-    dtype = np.dtype(args.dtype)
-    todo = cases([CELLS[name] for name in args.cell], args.what, args.shape, dtype, args.quick)
+    dtype, cells = np.dtype(args.dtype), [CELLS[name] for name in args.cell]
+    todo = cases(cells, args.what, args.shape, dtype, args.quick)
+    if not todo:
+        peers, absent = [], []  # ratios need none
     threads = (args.threads,) if args.threads else tuple(dict.fromkeys((1, machine.cores())))
+    ours = Ours(frozen=not args.unfrozen)
+    own = (
+        ratios.rows(cells, args.shape, dtype, max(threads), args.quick, ours) if "ratios" in args.what else []
+    )
     if args.quick:
         pace = measure.Pace(slot=5e-4, least=3, most=3, seconds=0)
     else:
-        pace = measure.Pace(slot=8e-3, least=5, most=101, seconds=args.seconds / len(todo))
+        pace = measure.Pace(slot=2.5e-2, least=5, most=101, seconds=args.seconds / len([*todo, *own]))
 
     versions = {module: v for peer in peers for module, v in peer.versions().items()}
-    result = {"schema": SCHEMA, "machine": machine.describe(versions)}
+    result: dict[str, Any] = {"schema": SCHEMA, "machine": machine.describe(versions)}
     result["settings"] = {
         "dtype": args.dtype,
         "threads_tried": list(threads),
@@ -216,23 +234,42 @@ def _measure(args: argparse.Namespace) -> dict:
     result["peers"] = {peer.name: {"label": peer.label} for peer in peers}
     result["roofs"] = machine.roofs(max(threads)) if args.json or args.plot else []
     peak = _Highest(partial(_core.fma_peak, dtype, max(threads)))
-    print(_preface(result, absent, peak()))
+    print(_preface(result, absent, peak(), bool(todo), bool(own)))
 
     table = report.Table({peer.name: peer.label for peer in peers})
-    print(table.heading(), flush=True)
-    ours = Ours(frozen=not args.unfrozen)
-    result["cases"] = []
-    start = time.perf_counter()
-    for done, case in enumerate(todo):
-        _status(f"{done + 1} of {len(todo)}: {case}  ({time.perf_counter() - start:.0f} s)")
-        row = measure.run_case(Problem.draw(case), ours, peers, PEERS["reference"], peak, threads, pace)
-        result["cases"].append(row)
-        _status("")
-        print(table.row(row), flush=True)
+
+    def run_case(case: Case) -> dict[str, Any]:
+        return measure.run_case(Problem.draw(case), ours, peers, PEERS["reference"], peak, threads, pace)
+
+    result["cases"] = _in_turn(todo, run_case, table.heading, table.row)
     for reason in report.absences(result["cases"], table.peers):
         print(reason)
+    if todo and own:
+        print()
+    result["ratios"] = _in_turn(
+        own, lambda row: row.measure(peak, pace), report.ratio_heading, report.ratio_line
+    )
     result["summary"] = report.summarise(result["cases"])
     return result
+
+
+def _in_turn(
+    todo: list[Todo],
+    measured: Callable[[Todo], dict[str, Any]],
+    heading: Callable[[], str],
+    line: Callable[[dict[str, Any]], str],
+) -> list[dict[str, Any]]:
+    """Measures one after the other and prints each as a line of a table."""
+    rows = []
+    start = time.perf_counter()
+    for done, item in enumerate(todo):
+        if not done:
+            print(heading(), flush=True)
+        _status(f"{done + 1} of {len(todo)}: {item}  ({time.perf_counter() - start:.0f} s)")
+        rows.append(measured(item))
+        _status("")
+        print(line(rows[-1]), flush=True)
+    return rows
 
 
 class _Highest:
@@ -246,18 +283,27 @@ class _Highest:
         return self.value
 
 
-def _preface(result: dict, absent: list[str], peak: float) -> str:
+def _preface(result: dict[str, Any], absent: list[str], peak: float, cases: bool, own: bool) -> str:
     m, s = result["machine"], result["settings"]
     tried = " and ".join(map(str, s["threads_tried"]))
     lines = [
         f"{m['cpu']}, {m['cores']} cores, {m['isa']}; {s['dtype']}; FMA peak {peak:.0f} GFLOP/s on "
         f"{max(s['threads_tried'])} threads",
         ", ".join(f"{name} {v}" for name, v in m["versions"].items()),
-        f"threads: each engine's best of {tried}" if len(s["threads_tried"]) > 1 else f"threads: {tried}",
-        "time: median over rounds, ±% half its interquartile range",
-        "GFLOP/s: matrix products only; peak: the share of the FMA peak",
-        "ratio: the peer's time over ours within each round, median ± half its interquartile range",
     ]
+    if cases:
+        several = len(s["threads_tried"]) > 1
+        lines += [
+            f"threads: each engine's best of {tried}" if several else f"threads: {tried}",
+            "time: median over rounds, ±% half its interquartile range",
+            "GFLOP/s: matrix products only; peak: the share of the FMA peak",
+            "ratio: the peer's time over ours within each round, median ± half its interquartile range",
+        ]
+    if own:
+        lines.append(
+            "of our own times: one over the other within each round, median ± half its interquartile range; "
+            "the median meets the goal or does not"
+        )
     if absent:
         lines.append(f"not installed: {', '.join(absent)} (pip install 'fusedrnn[peers]')")
     if s["quick"]:

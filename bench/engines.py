@@ -12,11 +12,13 @@ Outputs   forward   y (T, B, H), h_n and c_n (B, H)
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from importlib.metadata import version
+from typing import Any
 
 import numpy as np
 
@@ -33,14 +35,18 @@ Outputs = dict[str, np.ndarray]
 
 @dataclass(frozen=True)
 class Candidate:
-    """One way of doing the work: `call` does it `steps` times over, `outputs` once, giving the results."""
+    """One way of doing the work: `call` does it `steps` times over, `outputs` once, giving the results.
+
+    `clock` counts nanoseconds; one that stands still in some part of the call leaves that part out.
+    """
 
     setting: str
     threads: int | None  # None: the engine decides by itself
     call: Callable[[], object]
     outputs: Callable[[], Outputs]
-    within: Callable[[], AbstractContextManager] = nullcontext
+    within: Callable[[], AbstractContextManager[object]] = nullcontext
     steps: int = 1
+    clock: Callable[[], int] = time.perf_counter_ns
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,7 +79,7 @@ class Problem:
         return [np.zeros((self.case.B, self.case.H), self.case.dtype) for _ in range(self.case.cell.states)]
 
 
-def final_states(states) -> Outputs:
+def final_states(states: Iterable[np.ndarray]) -> Outputs:
     return dict(zip(("h_n", "c_n"), states, strict=False))
 
 
@@ -112,15 +118,21 @@ class Ours(Engine):
         return {"fusedrnn": fr.__version__}
 
     def candidates(self, problem: Problem, threads: tuple[int, ...]) -> Iterator[Candidate]:
-        case = problem.case
-        layer = getattr(fr, case.cell.layer)(case.I, case.H, dtype=case.dtype, **dict(case.cell.options))
+        layer = self.layer(problem.case)
         layer.load_state_dict({TORCH_NAMES[name]: array for name, array in problem.params.items()})
         for n in threads:
-            yield getattr(self, case.work)(problem, layer, n)
+            yield getattr(self, problem.case.work)(problem, layer, n)
 
-    def forward(self, problem: Problem, layer, n: int) -> Candidate:
+    @staticmethod
+    def layer(case: Case, **options: object) -> Any:
+        """The case's layer; `options` of its class beside those of the cell."""
+        make = getattr(fr, case.cell.layer)
+        return make(case.I, case.H, dtype=case.dtype, seed=0, **dict(case.cell.options), **options)
+
+    def forward(self, problem: Problem, layer: Any, n: int, **given: object) -> Candidate:
+        """`given`: more arguments of the call."""
         y = np.empty_like(problem.dy)
-        call = partial(layer.freeze() if self.frozen else layer, problem.x, out=y)
+        call = partial(layer.freeze() if self.frozen else layer, problem.x, out=y, **given)
 
         def outputs() -> Outputs:
             _, state = call()
@@ -131,11 +143,11 @@ class Ours(Engine):
             "frozen, out=" if self.frozen else "layer, out=", n, call, outputs, partial(fr.num_threads, n)
         )
 
-    def train(self, problem: Problem, layer, n: int) -> Candidate:
+    def train(self, problem: Problem, layer: Any, n: int, **given: object) -> Candidate:
         wanted = ("x", "params")
 
-        def call():
-            y, _, tape = layer.forward(problem.x)
+        def call() -> tuple[Any, Any]:
+            y, _, tape = layer.forward(problem.x, **given)
             return y, layer.backward(tape, problem.dy, wrt=wanted)
 
         def outputs() -> Outputs:
@@ -144,11 +156,11 @@ class Ours(Engine):
 
         return Candidate("forward, backward", n, call, outputs, partial(fr.num_threads, n))
 
-    def stream(self, problem: Problem, layer, n: int) -> Candidate:
+    def stream(self, problem: Problem, layer: Any, n: int) -> Candidate:
         case = problem.case
         stream = layer.freeze().stream(batch_size=case.B)
         h = np.empty((case.B, case.H), case.dtype)
-        call = partial(stream.step, problem.x[0], out=h)
+        call = partial(stream.step, problem.x[0], h)
 
         def outputs() -> Outputs:
             stream.reset()

@@ -6,6 +6,7 @@ import platform
 import re
 from datetime import date
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -30,7 +31,7 @@ def cpu_model() -> str:
     return platform.processor() or platform.machine()
 
 
-def caches() -> list[dict]:
+def caches() -> list[dict[str, Any]]:
     """Data caches of the first core, nearest first: level, bytes, cores that share it. Empty if unknown."""
     found = []
     for folder in sorted(Path("/sys/devices/system/cpu/cpu0/cache").glob("index*")):
@@ -51,7 +52,7 @@ def caches() -> list[dict]:
     return found
 
 
-def describe(versions: dict[str, str]) -> dict:
+def describe(versions: dict[str, str]) -> dict[str, Any]:
     """What a reader needs to place the figures; nothing that names the host or its folders."""
     return {
         "cpu": cpu_model(),
@@ -66,7 +67,7 @@ def describe(versions: dict[str, str]) -> dict:
     }
 
 
-def roofs(threads: int) -> list[dict]:
+def roofs(threads: int) -> list[dict[str, Any]]:
     """GB/s that `threads` threads read at from each cache level (half of it is in use) and from memory."""
     levels = [(f"L{c['level']}", c["bytes"] // (2 * min(threads, c["shared_by"]))) for c in caches()]
     if levels:

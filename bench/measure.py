@@ -13,12 +13,14 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import repeat
+from operator import itemgetter
+from typing import Any
 
 import numpy as np
 
-from .engines import Candidate, Engine, Problem
+from .engines import Candidate, Engine, Outputs, Problem
 from .shapes import Case
 
 
@@ -53,28 +55,36 @@ def _no_collection() -> Iterator[None]:
             gc.enable()
 
 
-def settle(limit: float = 0.05) -> None:
-    """Wait until the process stands still: workers spin for a while after a call and slow the next one."""
+QUIET = 0.012  # seconds: three ticks of a 250 Hz kernel, which counts another thread's time at ticks only
+
+
+def settle(limit: float = 1.0) -> None:
+    """Wait until the process stands still: workers spin after a call, some for 0.1 s, and slow the next."""
     end = time.perf_counter() + limit
     while time.perf_counter() < end:
         wall, busy = time.perf_counter(), time.process_time()
-        time.sleep(1e-3)
-        if time.process_time() - busy < 0.2 * (time.perf_counter() - wall):
+        time.sleep(QUIET)
+        if time.process_time() - busy < 0.1 * (time.perf_counter() - wall):
             return
+
+
+SLOW = 0.1  # seconds: in a call this long caches and wake-ups do not matter
 
 
 def timed(candidate: Candidate, calls: int) -> float:
     """Seconds per step, the mean over one slot of `calls` calls."""
-    call = candidate.call
+    call, clock = candidate.call, candidate.clock
     settle()
     with candidate.within(), _no_collection():
-        if calls > 1:  # a single call fills the slot alone: too long for caches and wake-ups to matter
-            for _ in repeat(None, 1 + calls // 10):
-                call()
-        start = time.perf_counter_ns()
+        start = time.perf_counter()
+        for _ in repeat(None, 2 + calls // 10):  # the slot before, or the wait, left caches cold
+            call()
+            if time.perf_counter() - start > SLOW:
+                break
+        begin = clock()
         for _ in repeat(None, calls):
             call()
-        elapsed = time.perf_counter_ns() - start
+        elapsed = clock() - begin
     return elapsed * 1e-9 / (calls * candidate.steps)
 
 
@@ -89,23 +99,52 @@ def calibrated(candidate: Candidate, slot: float) -> tuple[int, float]:
         calls *= 8
 
 
-SLOW = 0.1  # seconds: a call this long is told from another setting's without being repeated
+def turns(pace: Pace) -> Iterator[int]:
+    """The numbers of the rounds that `pace` allows."""
+    end = time.perf_counter() + pace.seconds
+    for turn in range(max(pace.least, pace.most)):
+        if turn >= pace.least and time.perf_counter() >= end:
+            return
+        yield turn
 
 
-def choose(candidates: list[Candidate], pace: Pace) -> tuple[Candidate, int, list[dict]]:
-    """The fastest of one engine's settings, its calls per slot, and what each setting took."""
-    calls, times = map(
-        list, zip(*(calibrated(candidate, pace.slot) for candidate in candidates), strict=True)
-    )
-    if len(candidates) > 1 and min(times) < SLOW:
-        for _ in range(pace.least):
-            times = [min(best, timed(*pair)) for best, *pair in zip(times, candidates, calls, strict=True)]
-    best = times.index(min(times))
+def one_round(turn: int, entrants: list[tuple[Candidate, int]]) -> list[float]:
+    """One round: seconds per step of every entrant. The order rotates from turn to turn."""
+    order = [(i + turn) % len(entrants) for i in range(len(entrants))]
+    taken = {at: timed(*entrants[at]) for at in order}
+    return [taken[at] for at in range(len(entrants))]
+
+
+CONTEST = 15  # rounds at most between settings of one engine that cannot be told apart
+
+
+def choose(candidates: list[Candidate], pace: Pace) -> tuple[Candidate, int, list[dict[str, Any]]]:
+    """The setting of one engine whose median is least, its calls per slot, and what each setting took.
+
+    Settings take turns; those whose quartiles overlap the fastest's go on with it after the others are out.
+    """
+    trials = [calibrated(candidate, pace.slot) for candidate in candidates]
+    entrants = [(candidate, calls) for candidate, (calls, _) in zip(candidates, trials, strict=True)]
+    samples = [[seconds] for _, seconds in trials]
+    least = min(seconds for _, seconds in trials)
+    # Slow calls are not repeated where one is enough to tell them apart.
+    racing = [at for at, (_, seconds) in enumerate(trials) if least < SLOW or seconds < 2 * least]
+    for turn in turns(replace(pace, most=CONTEST)):
+        if len(racing) == 1:
+            break
+        for at, seconds in zip(racing, one_round(turn, [entrants[at] for at in racing]), strict=True):
+            samples[at].append(seconds)
+        if turn + 1 >= pace.least:
+            found = {at: spread(samples[at]) for at in racing}
+            limit = min(found.values(), key=itemgetter("median"))["q3"]
+            racing = [at for at in racing if found[at]["q1"] <= limit]
+    medians = [spread(own)["median"] for own in samples]
+    best = min(racing, key=medians.__getitem__)
     tried = [
         {"setting": c.setting, "threads": c.threads, "seconds": t}
-        for c, t in zip(candidates, times, strict=True)
+        for c, t in zip(candidates, medians, strict=True)
     ]
-    return candidates[best], calls[best], tried
+    return *entrants[best], tried
 
 
 def rounds(
@@ -114,14 +153,11 @@ def rounds(
     """Seconds per step of every entrant in every round, and the machine's FMA peak (GFLOP/s) in each."""
     samples: list[list[float]] = [[] for _ in entrants]
     peaks: list[float] = []
-    end = time.perf_counter() + pace.seconds
-    while len(peaks) < pace.least or (len(peaks) < pace.most and time.perf_counter() < end):
-        turn = len(peaks)
+    for turn in turns(pace):
         settle()
         peaks.append(peak())
-        for i in range(len(entrants)):
-            at = (i + turn) % len(entrants)
-            samples[at].append(timed(*entrants[at]))
+        for own, seconds in zip(samples, one_round(turn, entrants), strict=True):
+            own.append(seconds)
     return samples, peaks
 
 
@@ -133,13 +169,8 @@ def bound(case: Case, output: str) -> float:
     """
     gradient = output.startswith("d")
     k = {"dx": case.cell.gates * case.H}.get(output, case.T * case.B) if gradient else case.I + case.H
-    return (
-        2
-        * 4
-        * (2 if gradient else 1)
-        * max(4, math.ceil(math.log2(max(k * case.T, 1))))
-        * np.finfo(case.dtype).eps
-    )
+    chain = max(4, math.ceil(math.log2(max(k * case.T, 1))))
+    return 2 * 4 * (2 if gradient else 1) * chain * float(np.finfo(case.dtype).eps)
 
 
 NATURAL_SCALE = 0.1  # of a hidden state under N(0, 1) inputs and U(+-1/sqrt(H)) weights
@@ -149,7 +180,8 @@ def check(
     problem: Problem, label: str, setting: str, ours: dict[str, np.ndarray], theirs: dict[str, np.ndarray]
 ) -> dict[str, float]:
     """Norm-relative difference of every output, or a BenchmarkError naming the one that is out of bounds."""
-    case, found = problem.case, {}
+    case = problem.case
+    found: dict[str, float] = {}
     if ours.keys() != theirs.keys():
         raise BenchmarkError(f"{case}: {label} gives {sorted(theirs)}, fusedrnn gives {sorted(ours)}")
     for name, a in ours.items():
@@ -171,27 +203,27 @@ def check(
 
 @dataclass
 class Entrant:
-    """An engine in one case: what it agreed on, and the setting it is timed in."""
+    """An engine in one case, its settings, and how far its outputs are from the first engine's."""
 
     engine: Engine
     candidates: list[Candidate]
     difference: dict[str, float]
-    chosen: Candidate | None = None
-    calls: int = 0
-    tried: list[dict] | None = None
 
 
 def admit(
     problem: Problem, engines: list[Engine], threads: tuple[int, ...]
 ) -> tuple[list[Entrant], dict[str, str]]:
     """The engines that can do the case, their outputs checked against the first's; and why others cannot."""
-    entrants, absent, expected = [], {}, None
+    entrants: list[Entrant] = []
+    absent: dict[str, str] = {}
+    expected: Outputs | None = None
     for engine in engines:
         reason = engine.unsupported(problem.case, threads)
         if reason:
             absent[engine.name] = reason
             continue
-        candidates, difference = list(engine.candidates(problem, threads)), {}
+        candidates = list(engine.candidates(problem, threads))
+        difference: dict[str, float] = {}
         for candidate in candidates:
             with candidate.within():
                 outputs = candidate.outputs()
@@ -210,25 +242,24 @@ def run_case(
     peak: Callable[[], float],
     threads: tuple[int, ...],
     pace: Pace,
-) -> dict:
+) -> dict[str, Any]:
     """Checks and times one case: its row of the result. Where no peer can, `reference` checks it, untimed."""
     case = problem.case
     entrants, absent = admit(problem, [ours, *peers], threads)
     checked = entrants if len(entrants) > 1 else admit(problem, [ours, reference], threads)[0]
-    for entrant in entrants:
-        entrant.chosen, entrant.calls, entrant.tried = choose(entrant.candidates, pace)
-    samples, peaks = rounds([(entrant.chosen, entrant.calls) for entrant in entrants], peak, pace)
+    chosen = [choose(entrant.candidates, pace) for entrant in entrants]
+    samples, peaks = rounds([(candidate, calls) for candidate, calls, _ in chosen], peak, pace)
     times = np.array(samples)
 
-    entries = {}
-    for entrant, own in zip(entrants, times, strict=True):
+    entries: dict[str, dict[str, Any]] = {}
+    for entrant, (candidate, _, tried), seconds in zip(entrants, chosen, times, strict=True):
         entries[entrant.engine.name] = {
-            "setting": entrant.chosen.setting,
-            "threads": entrant.chosen.threads,
-            "seconds": spread(own),
-            "gflops": case.flops / float(np.median(own)) * 1e-9,
-            "ratio": spread(own / times[0]),
-            "tried": entrant.tried,
+            "setting": candidate.setting,
+            "threads": candidate.threads,
+            "seconds": spread(seconds),
+            "gflops": case.flops / float(np.median(seconds)) * 1e-9,
+            "ratio": spread(seconds / times[0]),
+            "tried": tried,
         }
     own = entries.pop(ours.name)
     del own["ratio"]

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from . import report
 
 NAME = "benchmarks.md"
 
 
-def write(result: dict, figures: dict[str, str], folder: Path) -> str:
+def write(result: dict[str, Any], figures: dict[str, str], folder: Path) -> str:
     """Writes the page beside `figures` (file name -> caption) and returns its name."""
     (folder / NAME).write_text("\n".join(_lines(result, figures)) + "\n", encoding="utf-8")
     return NAME
 
 
-def _lines(result: dict, figures: dict[str, str]) -> list[str]:
+def _lines(result: dict[str, Any], figures: dict[str, str]) -> list[str]:
     m, s = result["machine"], result["settings"]
     labels = {name: peer["label"] for name, peer in result["peers"].items()}
     caches = ", ".join(
@@ -23,6 +24,18 @@ def _lines(result: dict, figures: dict[str, str]) -> list[str]:
         for c in m["caches"]
     )
     tried = s["threads_tried"]
+    method = [
+        "All that is compared takes turns in one process, round after round; a ratio is taken within each "
+        "round and its median reported, so that drift of the machine cancels."
+    ]
+    if result["cases"]:
+        method += [
+            f"Each engine is on the better of {tried[0]} and {tried[-1]} threads (JAX decides by itself)."
+            if len(tried) > 1
+            else f"Threads: {tried[0]}.",
+            "Results agreed before they were timed.",
+            "GFLOP/s counts the matrix products only, forward + backward as three forwards.",
+        ]
     lines = [
         "# Benchmarks",
         "",
@@ -31,38 +44,43 @@ def _lines(result: dict, figures: dict[str, str]) -> list[str]:
         + f". {s['dtype']}. {m['date']}.",
         ", ".join(f"{name} {v}" for name, v in m["versions"].items()) + ".",
         "",
-        "All engines take turns in one process, round after round; a ratio is taken within each round and "
-        "its median reported, so that drift of the machine cancels. "
-        + (
-            f"Each engine is on the better of {tried[0]} and {tried[-1]} threads (JAX decides by itself). "
-            if len(tried) > 1
-            else f"Threads: {tried[0]}. "
-        )
-        + "Results agreed before they were timed. GFLOP/s counts the matrix products only, forward + backward"
-        " as three forwards.",
+        " ".join(method),
         "",
     ]
     if s["quick"]:
         lines += ["**Measured with `--quick`: too short to judge speed by.**", ""]
-    lines += ["## How many times faster than the peers", ""]
-    lines += _table(
-        ["cell", "work", *_summary_heads(labels), f"least share of peak, {report.LARGE}"],
-        [_summary_row(entry, labels) for entry in result["summary"]],
-    )
+    if report.summarises(result["summary"], labels):
+        lines += ["## How many times faster than the peers" if labels else "## Share of the peak", ""]
+        lines += _table(
+            ["cell", "work", *_summary_heads(labels), f"least share of peak, {report.LARGE}"],
+            [_summary_row(entry, labels) for entry in result["summary"]],
+        )
     for name, caption in figures.items():
         lines += ["", f"![{caption}]({name})", "", caption]
-    lines += [
-        "",
-        "## Every case",
-        "",
-        "Ours: median time, share of the FMA peak. Peers: median time, and how many times faster ours is "
-        "(± half the interquartile range).",
-        "",
-    ]
-    lines += _table(
-        ["cell", "work", "B,T,I,H", "time", "threads", "GFLOP/s", "peak", *labels.values()],
-        [_case_row(row, labels) for row in result["cases"]],
-    )
+    if result["cases"]:
+        lines += [
+            "",
+            "## Every case",
+            "",
+            "Ours: median time, share of the FMA peak. Peers: median time, and how many times faster ours is "
+            "(± half the interquartile range).",
+            "",
+        ]
+        lines += _table(
+            ["cell", "work", "B,T,I,H", "time", "threads", "GFLOP/s", "peak", *labels.values()],
+            [_case_row(row, labels) for row in result["cases"]],
+        )
+    ratios = result.get("ratios", [])  # a result may be older than they are
+    if ratios:
+        lines += [
+            "",
+            "## Ratios of our own times",
+            "",
+            f"{report.goals_met(ratios)}: the median meets its goal or does not; ± is half the interquartile "
+            "range. thr: threads, of both calls where they differ.",
+            "",
+        ]
+        lines += _table([name for name, _ in report.RATIO_COLUMNS], list(map(report.ratio_cells, ratios)))
     return lines
 
 
@@ -79,7 +97,7 @@ def _summary_heads(labels: dict[str, str]) -> list[str]:
     return [f"{label}: mean / worst" for label in ("best of peers", *labels.values())] if labels else []
 
 
-def _summary_row(entry: dict, labels: dict[str, str]) -> list[str]:
+def _summary_row(entry: dict[str, Any], labels: dict[str, str]) -> list[str]:
     cells = [entry["cell"], report.WORK_LABELS[entry["work"]]]
     for name in ("best", *labels) if labels else ():
         found = entry["against"].get(name)
@@ -91,7 +109,7 @@ def _summary_row(entry: dict, labels: dict[str, str]) -> list[str]:
     return [*cells, "-" if share is None else f"{100 * share:.0f} %"]
 
 
-def _case_row(row: dict, labels: dict[str, str]) -> list[str]:
+def _case_row(row: dict[str, Any], labels: dict[str, str]) -> list[str]:
     ours = row["ours"]
     cells = [
         row["cell"],

@@ -6,8 +6,9 @@ Each is imported only when it is used, and computes what engines.py says under t
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
+from typing import Any
 
 import numpy as np
 
@@ -23,7 +24,9 @@ from .engines import (
     final_states,
 )
 from .machine import cores
-from .shapes import Case
+from .shapes import Case, Cell
+
+Within = Callable[[], AbstractContextManager[object]]
 
 
 class Torch(Engine):
@@ -45,7 +48,7 @@ class Torch(Engine):
         options = {k: v for k, v in case.cell.options if k == "nonlinearity"}
         parameters = {name: torch.from_numpy(array) for name, array in problem.params.items()}
 
-        def filled(kind: str, names: dict[str, str]):
+        def filled(kind: str, names: dict[str, str]) -> Any:
             module = getattr(torch.nn, kind)(case.I, case.H, dtype=parameters["w_ih"].dtype, **options)
             module.load_state_dict({names[k]: array for k, array in parameters.items()})
             return module
@@ -73,7 +76,7 @@ class Torch(Engine):
                 yield make(problem, layer, n, partial(within, n))
 
     @staticmethod
-    def _forward(problem: Problem, layer, n: int, within) -> Candidate:
+    def _forward(problem: Problem, layer: Any, n: int, within: Within) -> Candidate:
         import torch
 
         call = partial(layer, torch.from_numpy(problem.x))
@@ -86,13 +89,13 @@ class Torch(Engine):
         return Candidate(f"nn.{problem.case.cell.layer}", n, call, outputs, within)
 
     @staticmethod
-    def _train(problem: Problem, layer, n: int, within) -> Candidate:
+    def _train(problem: Problem, layer: Any, n: int, within: Within) -> Candidate:
         import torch
 
         x, dy = torch.from_numpy(problem.x).requires_grad_(), torch.from_numpy(problem.dy)
         inputs = (x, *(getattr(layer, name) for name in TORCH_NAMES.values()))
 
-        def call():
+        def call() -> tuple[Any, Any]:
             y, _ = layer(x)
             return y, torch.autograd.grad(y, inputs, dy)
 
@@ -104,7 +107,7 @@ class Torch(Engine):
         return Candidate(f"nn.{problem.case.cell.layer}, autograd", n, call, outputs, within)
 
     @staticmethod
-    def _step(problem: Problem, cell, n: int, within) -> Candidate:
+    def _step(problem: Problem, cell: Any, n: int, within: Within) -> Candidate:
         import torch
 
         x, zeros = torch.from_numpy(problem.x[0]), [torch.from_numpy(z) for z in problem.zeros]
@@ -117,7 +120,7 @@ class Torch(Engine):
         )
 
     @staticmethod
-    def _sequence_of_one(problem: Problem, layer, n: int, within) -> Candidate:
+    def _sequence_of_one(problem: Problem, layer: Any, n: int, within: Within) -> Candidate:
         import torch
 
         x, zeros = torch.from_numpy(problem.x), [torch.from_numpy(z)[None] for z in problem.zeros]
@@ -130,7 +133,9 @@ class Torch(Engine):
         )
 
     @staticmethod
-    def _stepping(step: Callable, initial) -> tuple[Callable, Callable]:
+    def _stepping(
+        step: Callable[[Any], Any], initial: Any
+    ) -> tuple[Callable[[], None], Callable[[], Outputs]]:
         state = initial
 
         def call() -> None:
@@ -189,7 +194,7 @@ class OnnxRuntime(Engine):
             "B": np.concatenate([reordered(p["b_ih"]), reordered(p["b_hh"])])[None],
         }
         options = dict(case.cell.options)
-        attributes: dict[str, object] = {"hidden_size": case.H}
+        attributes: dict[str, Any] = {"hidden_size": case.H}
         if case.cell.layer == "GRU":
             attributes["linear_before_reset"] = int(options["reset_after"])
         if case.cell.layer == "RNN":
@@ -215,9 +220,10 @@ class OnnxRuntime(Engine):
         )
         # opset 14 has all three operators in their present form
         model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 14)], ir_version=8)
-        return model.SerializeToString()
+        serialized: bytes = model.SerializeToString()
+        return serialized
 
-    def _forward(self, problem: Problem, session, n: int) -> Candidate:
+    def _forward(self, problem: Problem, session: Any, n: int) -> Candidate:
         from onnxruntime import OrtValue
 
         case = problem.case
@@ -233,7 +239,7 @@ class OnnxRuntime(Engine):
 
         return Candidate("one node, bound", n, call, outputs)
 
-    def _stream(self, problem: Problem, session, n: int) -> Candidate:
+    def _stream(self, problem: Problem, session: Any, n: int) -> Candidate:
         from onnxruntime import OrtValue
 
         # Two sets of buffers take turns, so that a step's state is the next one's input without a copy.
@@ -256,7 +262,9 @@ class OnnxRuntime(Engine):
         return Candidate("one node, bound", n, call, outputs, steps=2)
 
     @staticmethod
-    def _binding(session, x: np.ndarray, states: list, results: dict, last: list):
+    def _binding(
+        session: Any, x: np.ndarray, states: list[Any], results: dict[str, Any], last: list[Any]
+    ) -> Any:
         from onnxruntime import OrtValue
 
         binding = session.io_binding()
@@ -283,14 +291,14 @@ class Jax(Engine):
         return None if cores() in threads else f"always uses all {cores()} cores"
 
     @staticmethod
-    def _step(cell, hoisted: bool) -> Callable:
+    def _step(cell: Cell, hoisted: bool) -> Callable[..., Any]:
         """step(weights, state, u) -> state; u is x_t or, if hoisted, its part of the pre-activations."""
         import jax
         import jax.numpy as jnp
 
         options, sigmoid, tanh = dict(cell.options), jax.nn.sigmoid, jnp.tanh
 
-        def step(weights, state, u):
+        def step(weights: Any, state: Any, u: Any) -> Any:
             w_ih, w_hh, b_ih, b_hh = weights  # transposed: (I, G*H), (H, G*H)
             h = state[0]
             size = h.shape[-1]
@@ -329,7 +337,7 @@ class Jax(Engine):
             for product, unroll in plans:
                 yield self._sequence(problem, product, unroll, within)
 
-    def _sequence(self, problem: Problem, product: str, unroll: int, within) -> Candidate:
+    def _sequence(self, problem: Problem, product: str, unroll: int, within: Within) -> Candidate:
         import jax
 
         step = self._step(problem.case.cell, product == "hoisted")
@@ -337,18 +345,18 @@ class Jax(Engine):
         x, dy = jax.numpy.asarray(problem.x), jax.numpy.asarray(problem.dy)
         weights = tuple(jax.numpy.asarray(problem.params[k]) for k in PARAMETERS)
 
-        def layer(x, w_ih, w_hh, b_ih, b_hh):
+        def layer(x: Any, w_ih: Any, w_hh: Any, b_ih: Any, b_hh: Any) -> Any:
             w = (w_ih.T, w_hh.T, b_ih, b_hh)
             u = x @ w[0] + b_ih if product == "hoisted" else x
 
-            def body(state, u_t):
+            def body(state: Any, u_t: Any) -> Any:
                 state = step(w, state, u_t)
                 return state, state[0]
 
             states, y = jax.lax.scan(body, zeros, u, unroll=min(unroll, problem.case.T))
             return y, states
 
-        def train(x, dy, *w):
+        def train(x: Any, dy: Any, *w: Any) -> Any:
             y, pull = jax.vjp(lambda *args: layer(*args)[0], x, *w)
             return y, pull(dy)
 
@@ -357,8 +365,10 @@ class Jax(Engine):
         else:
             work = partial(jax.jit(train), x, dy, *weights)
 
-        def call():
-            return jax.block_until_ready(work())
+        ready: Any = jax.block_until_ready  # untyped
+
+        def call() -> Any:
+            return ready(work())
 
         def outputs() -> Outputs:
             y, rest = call()
@@ -369,7 +379,7 @@ class Jax(Engine):
 
         return Candidate(f"scan, unroll {unroll}, input product {product}", None, call, outputs, within)
 
-    def _stream(self, problem: Problem, within) -> Candidate:
+    def _stream(self, problem: Problem, within: Within) -> Candidate:
         import jax
 
         step = self._step(problem.case.cell, hoisted=False)
@@ -393,5 +403,5 @@ class Jax(Engine):
         return Candidate("jitted step", None, call, outputs, within)
 
 
-PEERS = {engine.name: engine for engine in (Torch(), OnnxRuntime(), Jax(), Reference())}
+PEERS: dict[str, Engine] = {engine.name: engine for engine in (Torch(), OnnxRuntime(), Jax(), Reference())}
 DEFAULT_PEERS = ("torch", "onnxruntime", "jax")

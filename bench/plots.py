@@ -10,6 +10,7 @@ A figure whose cases were not measured is left out.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import matplotlib as mpl
 import numpy as np
@@ -42,7 +43,7 @@ CELL_LABELS = {
     "rnn": "RNN",
     "rnn_relu": "RNN, relu",
 }
-STYLE = {
+STYLE: Any = {  # matplotlib names every key in its type
     "font.family": "DejaVu Sans",
     "font.size": 9,
     "axes.titlesize": 10,
@@ -74,7 +75,7 @@ STYLE = {
 }
 
 
-def draw(result: dict, folder: Path, suffix: str = "svg") -> dict[str, str]:
+def draw(result: dict[str, Any], folder: Path, suffix: str = "svg") -> dict[str, str]:
     """Writes every figure that `result` has cases for; file name -> caption."""
     drawn = {}
     with mpl.rc_context(STYLE):
@@ -87,7 +88,7 @@ def draw(result: dict, folder: Path, suffix: str = "svg") -> dict[str, str]:
     return drawn
 
 
-def roofline(result: dict) -> Figure | None:
+def roofline(result: dict[str, Any]) -> Figure | None:
     rows = [row for row in _standard(result) if row["work"] != "stream"]
     if not rows or not result["roofs"]:
         return None
@@ -161,7 +162,7 @@ def roofline(result: dict) -> Figure | None:
     return figure
 
 
-def _bars(work: str, result: dict) -> Figure | None:
+def _bars(work: str, result: dict[str, Any]) -> Figure | None:
     rows = [row for row in _standard(result) if row["work"] == work]
     if not rows:
         return None
@@ -212,7 +213,7 @@ def _bars(work: str, result: dict) -> Figure | None:
     return figure
 
 
-def stream(result: dict) -> Figure | None:
+def stream(result: dict[str, Any]) -> Figure | None:
     rows = [
         row for row in _standard(result) if row["work"] == "stream" and row["B"] == 1 and row["I"] == row["H"]
     ]
@@ -235,7 +236,7 @@ def stream(result: dict) -> Figure | None:
     return figure
 
 
-def growth(result: dict) -> Figure | None:
+def growth(result: dict[str, Any]) -> Figure | None:
     rows = [row for row in result["cases"] if row["series"] in "TBH"]
     if not rows:
         return None
@@ -254,19 +255,19 @@ def growth(result: dict) -> Figure | None:
     return figure
 
 
-def _standard(result: dict) -> list[dict]:
+def _standard(result: dict[str, Any]) -> list[dict[str, Any]]:
     return [row for row in result["cases"] if row["series"] in ("standard", "given")]
 
 
-def _peak(rows: list[dict]) -> float:
+def _peak(rows: list[dict[str, Any]]) -> float:
     return float(np.median([row["peak_gflops"]["max"] for row in rows]))
 
 
-def _shape(row: dict) -> tuple[int, ...]:
+def _shape(row: dict[str, Any]) -> tuple[int, ...]:
     return tuple(row[k] for k in "BTIH")
 
 
-def _engines(result: dict, rows: list[dict]) -> dict[str, str]:
+def _engines(result: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, str]:
     """Engines that at least one row has, in the order of the result; key -> label."""
     found = {"ours": "fusedrnn"}
     for name, peer in result["peers"].items():
@@ -275,7 +276,7 @@ def _engines(result: dict, rows: list[dict]) -> dict[str, str]:
     return found
 
 
-def _entry(row: dict | None, engine: str, field: str) -> float:
+def _entry(row: dict[str, Any] | None, engine: str, field: str) -> float:
     """0 where there is none, so that a bar is missing."""
     if row is None:
         return 0.0
@@ -283,7 +284,7 @@ def _entry(row: dict | None, engine: str, field: str) -> float:
     return entry[field] if entry else 0.0
 
 
-def _lines(result: dict, ax, rows: list[dict], letter: str, scale: float) -> None:
+def _lines(result: dict[str, Any], ax: Any, rows: list[dict[str, Any]], letter: str, scale: float) -> None:
     rows = sorted(rows, key=lambda row: row[letter])
     for engine, label in reversed(_engines(result, rows).items()):  # ours last, on top
         colour, marker = ENGINE_STYLES[engine]
@@ -312,7 +313,7 @@ def _lines(result: dict, ax, rows: list[dict], letter: str, scale: float) -> Non
     _plain_ticks(ax)
 
 
-def _plain_ticks(ax) -> None:
+def _plain_ticks(ax: Any) -> None:
     """1, 10, 100 in place of powers, with 2 and 5 between where the range is short, and no small ticks."""
     for axis in (ax.xaxis, ax.yaxis):
         low, high = axis.get_view_interval()
@@ -322,7 +323,7 @@ def _plain_ticks(ax) -> None:
         axis.set_minor_locator(NullLocator())
 
 
-def _legend(figure: Figure, ax) -> None:
+def _legend(figure: Figure, ax: Any) -> None:
     handles, labels = ax.get_legend_handles_labels()
     if "fusedrnn" in labels[1:]:  # drawn last, named first
         handles, labels = handles[::-1], labels[::-1]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from typing import Any
 
 WORK_LABELS = {"forward": "forward", "train": "fwd+bwd", "stream": "step"}
 LARGE = "B >= 16, H >= 256"
@@ -27,7 +28,7 @@ def half_range(spread: dict[str, float]) -> float:
     return (spread["q3"] - spread["q1"]) / 2
 
 
-def threads_label(entry: dict) -> str:
+def threads_label(entry: dict[str, Any]) -> str:
     return "auto" if entry["threads"] is None else str(entry["threads"])
 
 
@@ -56,7 +57,7 @@ class Table:
             group += f"|  {label:<27}"
         return f"{group.rstrip()}\n{self._line(name for name, _ in self.columns)}"
 
-    def row(self, row: dict) -> str:
+    def row(self, row: dict[str, Any]) -> str:
         ours = row["ours"]
         seconds = ours["seconds"]
         shape = ",".join(str(row[k]) for k in "BTIH")
@@ -85,14 +86,72 @@ class Table:
         return self._line(cells)
 
     def _line(self, cells: Iterable[str]) -> str:
-        padded = (
-            f"{text:<{-width}}" if width < 0 else f"{text:>{width}}"
-            for text, (_, width) in zip(cells, self.columns, strict=True)
-        )
-        return "  ".join(padded).rstrip()
+        return _aligned(self.columns, cells)
 
 
-def absences(rows: list[dict], labels: dict[str, str]) -> list[str]:
+def _aligned(columns: list[tuple[str, int]], cells: Iterable[str]) -> str:
+    """Cells under (name, width) columns; a negative width aligns to the left."""
+    padded = (
+        f"{text:<{-width}}" if width < 0 else f"{text:>{width}}"
+        for text, (_, width) in zip(cells, columns, strict=True)
+    )
+    return "  ".join(padded).rstrip()
+
+
+RATIO_COLUMNS = [
+    ("of our own times", -26),
+    ("cell", -16),
+    ("work", -7),
+    ("B,T,I,H", -16),
+    ("dtype", -7),
+    ("thr", 3),
+    ("time", 8),
+    ("over", 12),
+    ("ratio", 7),
+    ("±", 7),
+    ("goal", 9),
+    ("met", 3),
+]
+
+
+def ratio_cells(row: dict[str, Any]) -> list[str]:
+    """A row of ratios.py under RATIO_COLUMNS."""
+    show = duration if row["unit"] == "s" else digits
+    cells = [row["title"], *["-"] * 4, *[""] * 3]
+    if row["cell"]:
+        shape = ",".join(str(row[k]) for k in "BTIH")
+        cells[1:5] = [row["cell"], WORK_LABELS[row["work"]], shape, row["dtype"]]
+    if "over" in row:
+        over, under = row["over"], row["under"]
+        times = f"{under['times']} × " if under["times"] > 1 else ""
+        cells[5:] = [
+            "/".join(dict.fromkeys(map(threads_label, (over, under)))),
+            duration(over["seconds"]["median"]),
+            times + duration(under["seconds"]["median"]),
+        ]
+    goal = row["goal"]
+    return [
+        *cells,
+        show(row["value"]["median"]),
+        show(half_range(row["value"])),
+        f"{goal['sense']} {show(goal['limit'])}",
+        "yes" if row["met"] else "NO",
+    ]
+
+
+def ratio_heading() -> str:
+    return _aligned(RATIO_COLUMNS, (name for name, _ in RATIO_COLUMNS))
+
+
+def ratio_line(row: dict[str, Any]) -> str:
+    return _aligned(RATIO_COLUMNS, ratio_cells(row))
+
+
+def goals_met(rows: list[dict[str, Any]]) -> str:
+    return f"{sum(row['met'] for row in rows)} of {len(rows)} goals met"
+
+
+def absences(rows: list[dict[str, Any]], labels: dict[str, str]) -> list[str]:
     """What a "-" in the table stands for: each peer's reasons, once."""
     found = ((name, reason) for row in rows for name, reason in row["absent"].items())
     return [f"-: {labels[name]} {reason}" for name, reason in dict.fromkeys(found)]
@@ -102,10 +161,10 @@ def geometric_mean(values: list[float]) -> float:
     return math.exp(sum(map(math.log, values)) / len(values))
 
 
-def summarise(rows: list[dict]) -> list[dict]:
+def summarise(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Per cell and work: geometric mean and least of the ratio to each peer and to the best peer of each
     case, and the least share of the peak among large cases. Sweeps are left out."""
-    groups: dict[tuple[str, str], list[dict]] = {}
+    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for row in rows:
         if row["series"] in ("standard", "given"):
             groups.setdefault((row["cell"], row["work"]), []).append(row)
@@ -124,7 +183,7 @@ def summarise(rows: list[dict]) -> list[dict]:
                 if row["best_peer"]
             ]
         } | ratios
-        entry = {"cell": cell, "work": work, "cases": len(members), "against": {}}
+        entry: dict[str, Any] = {"cell": cell, "work": work, "cases": len(members), "against": {}}
         for name, pairs in ratios.items():
             if pairs:
                 worst, row = min(pairs, key=lambda pair: pair[0])
@@ -140,8 +199,18 @@ def summarise(rows: list[dict]) -> list[dict]:
     return found
 
 
-def summary_lines(summary: list[dict], labels: dict[str, str]) -> list[str]:
-    """The summary as text: how many times faster than the best peer of each case, then than each peer."""
+def summarises(summary: list[dict[str, Any]], labels: dict[str, str]) -> bool:
+    """Whether the summary says anything."""
+    return any(labels or entry["large_peak_share"] is not None for entry in summary)
+
+
+def summary_lines(summary: list[dict[str, Any]], labels: dict[str, str]) -> list[str]:
+    """The summary as text: how many times faster than the best peer of each case, then than each peer.
+
+    Without peers only the shares of the peak are left, and nothing where no case is large.
+    """
+    if not summarises(summary, labels):
+        return []
     against = ({"best": "best of peers"} | labels) if labels else {}
     top = f"{'':<16}  {'':<7}  {'':>5}"
     heading = f"{'cell':<16}  {'work':<7}  {'cases':>5}"
@@ -149,7 +218,9 @@ def summary_lines(summary: list[dict], labels: dict[str, str]) -> list[str]:
         at = f"  {'at B,T,I,H':<16}" if name == "best" else ""
         top += f"  |  {label + ' ' * len(at):<12}"
         heading += f"  |  {'mean':>5}  {'worst':>5}{at}"
-    lines = [top.rstrip(), f"{heading}  |  least peak, {LARGE}"]
+    lines = [f"{heading}  |  least peak, {LARGE}"]
+    if labels:
+        lines = ["How many times faster than the peers (geometric mean and worst case)", top.rstrip(), *lines]
     for entry in summary:
         line = f"{entry['cell']:<16}  {WORK_LABELS[entry['work']]:<7}  {entry['cases']:>5}"
         for name in against:

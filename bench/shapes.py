@@ -6,6 +6,7 @@ Only shapes and counts live here; nothing is timed and no peer is known.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -34,7 +35,7 @@ SWEEPS = {
     "H": [(16, 50, h, h) for h in (16, 32, 48, 64, 96, 128, 200, 256, 384, 512, 800, 1024)],
 }
 
-WORK = ("forward", "train", "stream", "sweep")
+WORK = ("forward", "train", "stream", "sweep", "ratios")
 DEFAULT_WORK = ("forward", "train", "stream")
 
 
@@ -45,7 +46,7 @@ class Cell:
     name: str
     registered: str
     layer: str
-    options: tuple[tuple[str, object], ...] = ()
+    options: tuple[tuple[str, Any], ...] = ()
 
     @property
     def gates(self) -> int:
@@ -134,7 +135,10 @@ def cases(
     dtype: np.dtype,
     quick: bool,
 ) -> list[Case]:
-    """The cases of a run, cell by cell; `shapes` None means the standard set (a small one with `quick`)."""
+    """The cases of a run, cell by cell; `shapes` None means the standard set (a small one with `quick`).
+
+    "ratios" is no work of single cases: see ratios.py.
+    """
     series = "standard" if shapes is None else "given"
     sequences = shapes or list(QUICK if quick else STANDARD)
     if shapes is None:
@@ -145,6 +149,8 @@ def cases(
     found = []
     for cell in cells:
         for kind in work:
+            if kind == "ratios":
+                continue
             if kind == "sweep":
                 for letter, sweep in SWEEPS.items():
                     points = sweep[:2] if quick else sweep
