@@ -26,6 +26,15 @@ def native(session: nox.Session, preset: str) -> None:
 
 
 @nox.session
+def counts(session: nox.Session) -> None:
+    """Instruction counts against those kept, under valgrind; `-- --write` keeps this run's."""
+    session.install("cmake", "ninja")
+    session.run("cmake", "--preset", "release")
+    session.run("cmake", "--build", "--preset", "release", "--target", "count_cases")
+    session.run("python", "tests/native/count_instructions.py", "build/release/count_cases", *session.posargs)
+
+
+@nox.session
 def peers(session: nox.Session) -> None:
     """The tests with the live oracles installed."""
     session.install(".[test,peers]")
@@ -47,5 +56,5 @@ def lint(session: nox.Session) -> None:
 
 @nox.session
 def typing(session: nox.Session) -> None:
-    session.install("mypy", "numpy")
-    session.run("mypy", "--strict", "python/fusedrnn")
+    session.install("mypy", "numpy", "matplotlib", "onnx")  # those that ship types
+    session.run("mypy", "--strict", "python/fusedrnn", "bench")
