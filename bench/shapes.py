@@ -137,7 +137,8 @@ def cases(
 ) -> list[Case]:
     """The cases of a run, cell by cell; `shapes` None means the standard set (a small one with `quick`).
 
-    "ratios" is no work of single cases: see ratios.py.
+    A sweep shows how cost grows, for which the first cell will do. "ratios" is no work of single cases:
+    see ratios.py.
     """
     series = "standard" if shapes is None else "given"
     sequences = shapes or list(QUICK if quick else STANDARD)
@@ -152,6 +153,8 @@ def cases(
             if kind == "ratios":
                 continue
             if kind == "sweep":
+                if cell is not cells[0]:
+                    continue
                 for letter, sweep in SWEEPS.items():
                     points = sweep[:2] if quick else sweep
                     found += [Case(cell, "forward", *shape, dtype, letter) for shape in points]

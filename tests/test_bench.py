@@ -143,7 +143,9 @@ def test_default_cases_are_the_standard_shapes():
     assert [(c.B, c.T, c.I, c.H) for c in todo if c.work == "train"] == list(shapes.STANDARD)
     assert [c.H for c in todo if c.work == "stream"] == [16, 32, 64, 128, 256, 512, 1024]
     assert all(c.B == c.T == 1 and c.I == c.H for c in todo if c.work == "stream")
-    sweep = shapes.cases([shapes.CELLS["gru"]], ["sweep"], None, np.dtype("f4"), quick=False)
+    both = [shapes.CELLS["gru"], shapes.CELLS["lstm"]]
+    sweep = shapes.cases(both, ["sweep"], None, np.dtype("f4"), quick=False)
+    assert {c.cell.name for c in sweep} == {"gru"}
     for letter in "TBH":
         varied = [c for c in sweep if c.series == letter]
         assert len({getattr(c, letter) for c in varied}) == len(varied) > 5

@@ -38,6 +38,47 @@ constexpr int tile_max_rows(int vectors) {
   return tile_accumulators / vectors < 8 ? tile_accumulators / vectors : 8;
 }
 
+// acc += A B over k elements of each row from `offset` on, `stride` apart: MR rows by NB blocks of NG vectors. A block has
+// `width` vectors in acc, of which those of the product are number `first` and the next.
+template <class T, int MR, int NG, int NB, int width = NG, int first = 0>
+FUSEDRNN_INLINE void multiply(Vec<T> (&acc)[MR][NB * width], const T* const (&a)[MR], ptrdiff_t offset, ptrdiff_t stride,
+                              int64_t k, const T* b, ptrdiff_t b_block) {
+  using V = Vec<T>;
+  constexpr int NV = NG * NB;
+  for (; k > 0; --k) {
+    // Whichever of the two is fewer stays in registers; the other is read where it is used.
+    if constexpr (MR < NV) {
+      V x[MR];
+#pragma GCC unroll 8
+      for (int r = 0; r < MR; ++r) x[r] = V::broadcast(a[r] + offset);
+#pragma GCC unroll 12
+      for (int v = 0; v < NV; ++v) {
+        V w = V::load(b + v / NG * b_block + v % NG * V::lanes);
+#pragma GCC unroll 8
+        for (int r = 0; r < MR; ++r) {
+          V& sum = acc[r][v / NG * width + first + v % NG];
+          sum = fma(x[r], w, sum);
+        }
+      }
+    } else {
+      V w[NV];
+#pragma GCC unroll 8
+      for (int v = 0; v < NV; ++v) w[v] = V::load(b + v / NG * b_block + v % NG * V::lanes);
+#pragma GCC unroll 8
+      for (int r = 0; r < MR; ++r) {
+        V x = V::broadcast(a[r] + offset);
+#pragma GCC unroll 8
+        for (int v = 0; v < NV; ++v) {
+          V& sum = acc[r][v / NG * width + first + v % NG];
+          sum = fma(x, w[v], sum);
+        }
+      }
+    }
+    b += NG * V::lanes;
+    offset += stride;
+  }
+}
+
 template <class T, int MR, int NG, int NB>
 void tile_kernel(const Tile<T>& t) {
   using V = Vec<T>;
@@ -50,43 +91,13 @@ void tile_kernel(const Tile<T>& t) {
 #pragma GCC unroll 8
     for (int v = 0; v < NV; ++v) acc[r][v] = V::load(t.cin[r] + v / NG * t.cin_block + v % NG * V::lanes);
   }
-  const T* b = t.b;
-  const ptrdiff_t b_block = t.b_block, a_stride = t.a_stride;
-  for (int64_t s = 0; s < t.segments; ++s) {
-    ptrdiff_t o = s * t.a_segment;
-    for (int64_t k = 0; k < t.k; ++k) {
-      // Whichever of the two is fewer stays in registers; the other is read where it is used.
-      if constexpr (MR < NV) {
-        V x[MR];
-#pragma GCC unroll 8
-        for (int r = 0; r < MR; ++r) x[r] = V::broadcast(a[r] + o);
-#pragma GCC unroll 8
-        for (int v = 0; v < NV; ++v) {
-          V w = V::load(b + v / NG * b_block + v % NG * V::lanes);
-#pragma GCC unroll 8
-          for (int r = 0; r < MR; ++r) acc[r][v] = fma(x[r], w, acc[r][v]);
-        }
-      } else {
-        V w[NV];
-#pragma GCC unroll 8
-        for (int v = 0; v < NV; ++v) w[v] = V::load(b + v / NG * b_block + v % NG * V::lanes);
-#pragma GCC unroll 8
-        for (int r = 0; r < MR; ++r) {
-          V x = V::broadcast(a[r] + o);
-#pragma GCC unroll 8
-          for (int v = 0; v < NV; ++v) acc[r][v] = fma(x, w[v], acc[r][v]);
-        }
-      }
-      b += NG * V::lanes;
-      o += a_stride;
-    }
-  }
+  for (int64_t s = 0; s < t.segments; ++s)
+    multiply<T, MR, NG, NB>(acc, a, s * t.a_segment, t.a_stride, t.k, t.b + s * t.k * NG * V::lanes, t.b_block);
 #pragma GCC unroll 8
   for (int r = 0; r < MR; ++r)
 #pragma GCC unroll 8
     for (int v = 0; v < NV; ++v) acc[r][v].store(t.cout[r] + v / NG * t.cout_block + v % NG * V::lanes);
 }
-
 
 template <class T, int NG>
 struct TileTable {

@@ -47,6 +47,7 @@ struct Share {
 
 template <class T>
 FUSEDRNN_INLINE Share share_of(const Team& team, const Schedule& schedule, int64_t H) {
+  if (team.plan.threads() == 1) return {0, schedule.batch, 0, ceil_div(H, Vec<T>::lanes), nullptr};
   int rows = team.rank / team.plan.unit_threads, units = team.rank % team.plan.unit_threads;
   Cut row{schedule.batch, team.plan.row_threads};
   Cut block{ceil_div(H, Vec<T>::lanes), team.plan.unit_threads};
@@ -142,7 +143,10 @@ struct Forward {
 
   template <int p>
   FUSEDRNN_INLINE void phases(int64_t s, int64_t c, bool with_input) const {
-    phase<p>(s, c, p == 0 && with_input);
+    if (running(s) == share.j0 + 1)
+      one_row<p>(s, c, p == 0 && with_input);
+    else
+      phase<p>(s, c, p == 0 && with_input);
     if (p + 1 < Cell::phases || s + 1 < a.schedule.steps) wait(share.barrier);  // whoever called waits for the last
     if constexpr (p + 1 < Cell::phases) phases<p + 1>(s, c, with_input);
   }
@@ -182,24 +186,79 @@ struct Forward {
           T* row = slots_at(s, c, j0 + r) + (b0 - share.b0) * slots;
           for (int64_t b = b0; b < b1; ++b, row += slots) {
             int width = block_width<T>(a.H, b);
+            V slot[Cell::slots];
+#pragma GCC unroll 8
+            for (int i = 0; i < Cell::slots; ++i) slot[i] = V::load(row + i * L);
             if (width == L)
-              cell<p, true>(row, s, j0 + r, b, width);
+              cell<p, true>(slot, row, s, j0 + r, b, width);
             else
-              cell<p, false>(row, s, j0 + r, b, width);
+              cell<p, false>(slot, row, s, j0 + r, b, width);
           }
         }
       }
     }
   }
 
-  // The cell's phase p for one vector of hidden units of one row.
+  // The same for a single row, whose work is too little to pay for a way through memory: the slots of a few blocks stay in
+  // registers from their bias to their cell.
+  template <int p>
+  void one_row(int64_t s, int64_t c, bool with_input) const {
+    constexpr Span span = Cell::recurrent[p];
+    constexpr int widest = tile_max_vectors / span.count;
+    const bool up = (s + a.turn) % 2 == 0;  // as there_and_back
+    for (int64_t b0 = share.b0, b1 = share.b1; b0 < b1;) {
+      const int64_t whole = smallest(b1, a.H / L) - b0;  // blocks with all their lanes
+      int64_t n = 1;
+      if (up ? whole == 0 : b1 * L > a.H)
+        row_tile<p, 1, false>(s, c, up ? b0 : b1 - 1, with_input);
+      else
+        n = row_tiles<p, widest>(s, c, up, b0, b1, smallest(whole, most_row_blocks<p>()), with_input);
+      (up ? b0 : b1) += up ? n : -n;
+    }
+  }
+
+  // The widest tile of at most `most` blocks at the lower or the upper end of [b0, b1); returns how many it took.
+  template <int p, int NB>
+  FUSEDRNN_INLINE int64_t row_tiles(int64_t s, int64_t c, bool up, int64_t b0, int64_t b1, int64_t most, bool with_input) const {
+    if constexpr (NB > 1)
+      if (most < NB) return row_tiles<p, NB / 2>(s, c, up, b0, b1, most, with_input);
+    row_tile<p, NB, true>(s, c, up ? b0 : b1 - NB, with_input);
+    return NB;
+  }
+
+  // Blocks that one row takes at a time. A panel beyond the first cache level is read fastest as one stream, if a block
+  // alone has enough vectors to hide the latency of fma.
+  template <int p>
+  FUSEDRNN_INLINE int64_t most_row_blocks() const {
+    constexpr int vectors = Cell::recurrent[p].count;
+    return vectors * sizeof(V) >= 256 && blocks * a.hh_block[p] * int64_t(sizeof(T)) > (128 << 10) ? 1 : tile_max_vectors;
+  }
+
+  template <int p, int NB, bool full>
+  void row_tile(int64_t s, int64_t c, int64_t b0, bool with_input) const {
+    constexpr Span span = Cell::recurrent[p];
+    const int64_t j = share.j0;
+    T* row = slots_at(s, c, j) + (b0 - share.b0) * slots;
+    const T* from = with_input ? a.bias + b0 * slots : row;
+    V slot[1][NB * Cell::slots];
+#pragma GCC unroll 32
+    for (int i = 0; i < NB * Cell::slots; ++i) slot[0][i] = V::load(from + i * L);
+    if (with_input)
+      multiply<T, 1, Cell::input.count, NB, Cell::slots, Cell::input.first>(slot, {a.x.at(s, j)}, 0, 1, a.I,
+                                                                            a.w_ih + b0 * a.ih_block, a.ih_block);
+    multiply<T, 1, span.count, NB, Cell::slots, span.first>(slot, {p == 0 ? h_prev(s, j) : operand(s, j)}, 0, 1, a.H,
+                                                            a.w_hh[p] + b0 * a.hh_block[p], a.hh_block[p]);
+#pragma GCC unroll 8
+    for (int n = 0; n < NB; ++n)
+      cell<p, full>(slot[0] + n * Cell::slots, row + n * slots, s, j, b0 + n, full ? L : int(a.H - b0 * L));
+  }
+
+  // The cell's phase p for one vector of hidden units of one row, whose slots a later phase finds in `row`.
   template <int p, bool full>
-  FUSEDRNN_INLINE void cell(T* row, int64_t s, int64_t j, int64_t b, int width) const {
+  FUSEDRNN_INLINE void cell(V* slot, T* row, int64_t s, int64_t j, int64_t b, int width) const {
     const Lanes<T, full> lanes{width};
     const int64_t u = b * L;
-    V slot[Cell::slots], state[Cell::states], save[Cell::saved + 1], op;
-#pragma GCC unroll 8
-    for (int i = 0; i < Cell::slots; ++i) slot[i] = V::load(row + i * L);
+    V state[Cell::states], save[Cell::saved + 1], op;
     state[0] = lanes.load(h_prev(s, j) + u);
 #pragma GCC unroll 8
     for (int i = 1; i < Cell::states; ++i) state[i] = lanes.load(a.final_state[i] + a.state_row[j] + u);

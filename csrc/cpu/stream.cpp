@@ -2,6 +2,7 @@
 
 #include <algorithm>
 
+#include "cpu/denormals.h"
 #include "cpu/dispatch.h"
 
 namespace fusedrnn {
@@ -25,7 +26,8 @@ Plan Stream<T>::plan_of(int64_t layer, int threads) const {
 
 template <class T>
 Stream<T>::Stream(const Spec& spec, std::shared_ptr<const Panels<T>> panels, int64_t B)
-    : spec_(spec), panels_(std::move(panels)), B_(B), order_(1, B, nullptr), levels_(spec.L) {
+    : spec_(spec), panels_(std::move(panels)), forward_(kernels<T>().cell[spec.cell].forward), B_(B), order_(1, B, nullptr),
+      levels_(spec.L) {
   const CellInfo& cell = spec.info();
   const int64_t H = spec.H, lanes = kernels<T>().lanes;
   T *pre, *zeros, *operand = nullptr;
@@ -89,7 +91,21 @@ void Stream<T>::step(const T* x, T* h) {
     a.final_state[0] = levels_[l].h[next];
     a.turn = now_;
   }
-  const auto forward = kernels<T>().cell[spec_.cell].forward;
+  if (most_threads_ == 1)
+    run_alone();
+  else
+    run_on_several();
+  now_ = next;
+}
+
+template <class T>
+void Stream<T>::run_alone() {
+  const FlushDenormals flush;
+  for (Level& level : levels_) forward_(level.args, Team{level.plan, &level.barriers[0], &level.barriers[1], 0}, 0, 1);
+}
+
+template <class T>
+void Stream<T>::run_on_several() {
   const int wanted = std::min(most_threads_, wanted_threads());
   // After a pause the other threads are parked, and waking them costs more than a step: a slow stream stays on one.
   const Clock::time_point start = wanted > 1 ? Clock::now() : last_end_;
@@ -100,7 +116,7 @@ void Stream<T>::step(const T* x, T* h) {
   lease.run(planned_, [&](int rank) {
     for (Level& level : levels_) {
       if (rank < level.plan.threads())
-        forward(level.args, Team{level.plan, &level.barriers[0], &level.barriers[1], rank}, 0, 1);
+        forward_(level.args, Team{level.plan, &level.barriers[0], &level.barriers[1], rank}, 0, 1);
       if (planned_ > 1 && levels_.size() > 1) all_->wait();
     }
   });
@@ -108,7 +124,6 @@ void Stream<T>::step(const T* x, T* h) {
     last_end_ = Clock::now();
     if (awake && lease.size() == asked) tuner_.took(std::chrono::nanoseconds(last_end_ - start).count());
   }
-  now_ = next;
 }
 
 template <class T>

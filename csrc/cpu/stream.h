@@ -5,6 +5,7 @@
 #include <memory>
 #include <vector>
 
+#include "cpu/kernels.h"
 #include "cpu/stack.h"
 #include "cpu/threads.h"
 #include "cpu/tuner.h"
@@ -26,11 +27,14 @@ class Stream {
  private:
   Spec spec_;
   std::shared_ptr<const Panels<T>> panels_;
+  decltype(CellKernels<T>::forward) forward_;
   int64_t B_;
   Order order_;
   std::vector<ptrdiff_t> input_row_, state_row_;
   Plan plan_of(int64_t layer, int threads) const;
   void plan_for(int threads);
+  void run_alone();
+  void run_on_several();
   using Clock = std::chrono::steady_clock;
   struct Level {
     ForwardArgs<T> args;
