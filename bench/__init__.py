@@ -81,8 +81,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=list(DEFAULT_WORK),
         metavar="WORK",
         help="comma-separated, of forward, train (forward + backward), stream (one step from Python), "
-        "sweep (forward of the first cell over T, B and H one at a time) and ratios (of our own times, against "
-        "goals) "
+        "sweep (forward of the first cell over T, B and H one at a time) and ratios (of our own times, "
+        "against goals) "
         f"(default: {','.join(DEFAULT_WORK)})",
     )
     add("--dtype", choices=("float32", "float64"), default="float32", help="(default: float32)")
