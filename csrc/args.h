@@ -47,7 +47,7 @@ struct Plan {
 };
 
 class Barrier;
-void wait(Barrier* barrier);                    // of threads.h; a null barrier has one member
+void wait(Barrier* barrier, int rank);  // of threads.h; a null barrier has one member
 Barrier* barrier_at(Barrier* barriers, int i);
 
 // A team of threads that runs one layer. Rank r has row part r / unit_threads and unit part r % unit_threads.

@@ -50,6 +50,19 @@ def test_every_plan_of_a_grid(cell, dtype, shape):
                 assert_same_bits(run(call), want)
 
 
+@pytest.mark.parametrize("cell", ["lstm", "gru_reset_before"])
+@pytest.mark.parametrize(
+    "threads, row_threads, unit_threads", [(16, 1, 16), (33, 1, 33), (64, 4, 16), (64, 7, 9), (64, 8, 8)]
+)
+def test_teams_larger_than_this_machine(cell, threads, row_threads, unit_threads):
+    """More threads than cores, and barriers that count by groups."""
+    call = draw(Case(cell, "float32", 4, 9, 5, 33 * 16, ragged=True))
+    with fr.num_threads(1):
+        want = run(call)
+    with fr.num_threads(threads), plan(row_threads, unit_threads):
+        assert_same_bits(run(call), want)
+
+
 @pytest.mark.parametrize("cell", OFFERED)
 @every_dtype
 def test_drawn_plans(cell, dtype):

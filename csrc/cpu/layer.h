@@ -39,20 +39,32 @@ FUSEDRNN_INLINE int64_t smallest(int64_t a, int64_t b) { return a < b ? a : b; }
 // before used last. In one direction, panels that exceed the cache by a little would miss it altogether.
 FUSEDRNN_INLINE int64_t there_and_back(int64_t i, int64_t n, int64_t s) { return s % 2 == 0 ? i : n - 1 - i; }
 
-// The share of a rank: rows [j0, j1) of the batch and blocks [b0, b1) of the hidden units.
+// The share of a rank: `rows` rows of the batch, `first` and every `stride`-th after it, and blocks [b0, b1) of the hidden
+// units. Neighbouring rows, unless sequences differ in length: rows are sorted by it, and so are dealt out in turn.
 struct Share {
-  int64_t j0, j1, b0, b1;
-  Barrier* barrier;
+  int64_t first, stride, rows, b0, b1;
+  int unit;          // the number of this part of the units
+  Barrier* barrier;  // of all parts; null if it is the only one
+  FUSEDRNN_INLINE void wait() const { fusedrnn::wait(barrier, unit); }
+  FUSEDRNN_INLINE int64_t row(int64_t i) const { return first + i * stride; }
+  // How many of them, from the first on, are among the first `active` of the batch.
+  FUSEDRNN_INLINE int64_t among(int64_t active) const {
+    return smallest(rows, active <= first ? 0 : stride == 1 ? active - first : ceil_div(active - first, stride));
+  }
 };
 
 template <class T>
 FUSEDRNN_INLINE Share share_of(const Team& team, const Schedule& schedule, int64_t H) {
-  if (team.plan.threads() == 1) return {0, schedule.batch, 0, ceil_div(H, Vec<T>::lanes), nullptr};
-  int rows = team.rank / team.plan.unit_threads, units = team.rank % team.plan.unit_threads;
-  Cut row{schedule.batch, team.plan.row_threads};
-  Cut block{ceil_div(H, Vec<T>::lanes), team.plan.unit_threads};
-  return {row.begin(rows), row.begin(rows + 1), block.begin(units), block.begin(units + 1),
-          team.plan.unit_threads > 1 ? barrier_at(team.rows, rows) : nullptr};
+  const int64_t blocks = ceil_div(H, Vec<T>::lanes);
+  if (team.plan.threads() == 1) return {0, 1, schedule.batch, 0, blocks, 0, nullptr};
+  const int parts = team.plan.row_threads, part = team.rank / team.plan.unit_threads;
+  const int unit = team.rank % team.plan.unit_threads;
+  const Cut row{schedule.batch, parts}, block{blocks, team.plan.unit_threads};
+  Share share{row.begin(part), 1, row.begin(part + 1) - row.begin(part), block.begin(unit), block.begin(unit + 1), unit,
+              team.plan.unit_threads > 1 ? barrier_at(team.rows, part) : nullptr};
+  if (schedule.steps > 0 && schedule.active[schedule.steps - 1] < schedule.batch)
+    share.first = part, share.stride = parts, share.rows = ceil_div(schedule.batch - part, parts);
+  return share;
 }
 
 template <class T, class Cell>
@@ -70,10 +82,8 @@ struct Forward {
       : a(args), begin(begin), end(end), share(share_of<T>(team, args.schedule, args.H)),
         pre(args.pre + team.rank * args.pre_thread) {}
 
-  // The rows of the share that run at step s are [share.j0, running(s)).
-  FUSEDRNN_INLINE int64_t running(int64_t s) const {
-    return largest(share.j0, smallest(a.schedule.active[s], share.j1));
-  }
+  // Rows of the share that run at step s: share.row(0) and the next.
+  FUSEDRNN_INLINE int64_t running(int64_t s) const { return share.among(a.schedule.active[s]); }
   FUSEDRNN_INLINE const T* h_prev(int64_t s, int64_t j) const {
     if (s > begin) return a.y.at(s - 1, j);
     if (s > 0) return a.carry + a.state_row[j];
@@ -85,9 +95,9 @@ struct Forward {
   FUSEDRNN_INLINE T* saved(int64_t s, int64_t j, int64_t b) const {
     return a.saved + ((a.schedule.offset[s] + j) * a.H + b * L) * Cell::saved;
   }
-  // The pre-activations of row (s, j) of the chunk that starts at step c, from block share.b0 on.
-  FUSEDRNN_INLINE T* slots_at(int64_t s, int64_t c, int64_t j) const {
-    return pre + ((s - c) * (share.j1 - share.j0) + j - share.j0) * blocks * slots;
+  // The pre-activations of the share's row i at step s of the chunk that starts at step c, from block share.b0 on.
+  FUSEDRNN_INLINE T* slots_at(int64_t s, int64_t c, int64_t i) const {
+    return pre + ((s - c) * share.rows + i) * blocks * slots;
   }
 
   void run(const Team& team) const {
@@ -103,9 +113,10 @@ struct Forward {
   void start_states() const {
     int64_t u0 = share.b0 * L, u1 = smallest(share.b1 * L, a.H);
     for (int i = 0; i < Cell::states; ++i)
-      for (int64_t j = i == 0 ? largest(a.schedule.active[0], share.j0) : share.j0; j < share.j1; ++j) {
-        const T* from = a.state[i] ? a.state[i] + a.state_row[j] : a.zeros;
-        T* to = a.final_state[i] + a.state_row[j];
+      for (int64_t r = i == 0 ? running(0) : 0; r < share.rows; ++r) {
+        const ptrdiff_t row = a.state_row[share.row(r)];
+        const T* from = a.state[i] ? a.state[i] + row : a.zeros;
+        T* to = a.final_state[i] + row;
         if (to != from)
           for (int64_t u = u0; u < u1; ++u) to[u] = from[u];
       }
@@ -114,7 +125,7 @@ struct Forward {
   // slots = bias + W_ih x, for blocks [b0, b1) of all rows of steps [c, end).
   void input_product(int64_t c, int64_t end, int64_t first, int64_t last) const {
     int64_t rows = 0;
-    for (int64_t s = c; s < end; ++s) rows += running(s) - share.j0;
+    for (int64_t s = c; s < end; ++s) rows += running(s);
     const Tiling<T, Cell::input.count> tiling(rows, last - first);
     Tile<T> t;
     t.k = a.I, t.segments = 1, t.a_stride = 1, t.a_segment = 0;
@@ -122,19 +133,19 @@ struct Forward {
     for (int64_t g = 0; g < tiling.block.pieces; ++g) {
       const int64_t b0 = first + tiling.block.begin(g), b1 = first + tiling.block.begin(g + 1);
       t.b = a.w_ih + b0 * a.ih_block;
-      int64_t s = c, j = share.j0;
+      int64_t s = c, i = 0, here = running(c);  // the share's row i of `here` at step s
       for (int64_t p = 0; p < tiling.row.pieces; ++p) {
         const int n = int(tiling.row.begin(p + 1) - tiling.row.begin(p));
-        for (int r = 0; r < n; ++r, ++j) {
-          while (j >= running(s)) ++s, j = share.j0;
-          t.a[r] = a.x.at(s, j);
-          T* row = slots_at(s, c, j) + (b0 - share.b0) * slots;
+        for (int r = 0; r < n; ++r, ++i) {
+          while (i >= here) ++s, i = 0, here = running(s);
+          t.a[r] = a.x.at(s, share.row(i));
+          T* row = slots_at(s, c, i) + (b0 - share.b0) * slots;
           t.cin[r] = a.bias + b0 * slots + Cell::input.first * L;
           t.cout[r] = row + Cell::input.first * L;
           for (int64_t b = b0; b < b1; ++b)  // slots that x does not feed start from their bias
-            for (int i = 0; i < Cell::slots; ++i)
-              if (i < Cell::input.first || i >= Cell::input.first + Cell::input.count)
-                V::load(a.bias + b * slots + i * L).store(row + (b - b0) * slots + i * L);
+            for (int v = 0; v < Cell::slots; ++v)
+              if (v < Cell::input.first || v >= Cell::input.first + Cell::input.count)
+                V::load(a.bias + b * slots + v * L).store(row + (b - b0) * slots + v * L);
         }
         run_tile<T, Cell::input.count>(n, int(b1 - b0), t);
       }
@@ -143,11 +154,11 @@ struct Forward {
 
   template <int p>
   FUSEDRNN_INLINE void phases(int64_t s, int64_t c, bool with_input) const {
-    if (running(s) == share.j0 + 1)
+    if (running(s) == 1)
       one_row<p>(s, c, p == 0 && with_input);
     else
       phase<p>(s, c, p == 0 && with_input);
-    if (p + 1 < Cell::phases || s + 1 < a.schedule.steps) wait(share.barrier);  // whoever called waits for the last
+    if (p + 1 < Cell::phases || s + 1 < a.schedule.steps) share.wait();  // whoever called waits for the last
     if constexpr (p + 1 < Cell::phases) phases<p + 1>(s, c, with_input);
   }
 
@@ -156,8 +167,9 @@ struct Forward {
   template <int p>
   void phase(int64_t s, int64_t c, bool with_input) const {
     constexpr Span span = Cell::recurrent[p];
-    if (running(s) == share.j0) return;
-    Tiling<T, span.count> tiling(running(s) - share.j0, blocks);
+    const int64_t all = running(s);
+    if (all == 0) return;
+    Tiling<T, span.count> tiling(all, blocks);
     Tile<T> t;
     t.k = a.H, t.segments = 1, t.a_stride = 1, t.a_segment = 0;
     t.b_block = a.hh_block[p], t.cin_block = t.cout_block = slots;
@@ -167,32 +179,34 @@ struct Forward {
       if (with_input) input_product(s, s + 1, b0, b1);
       t.b = a.w_hh[p] + b0 * a.hh_block[p];
       for (int64_t i = 0; i < tiling.row.pieces; ++i) {
-        int64_t j0 = share.j0 + tiling.row.begin(i);
-        const int rows = int(tiling.row.begin(i + 1) - tiling.row.begin(i));
+        const int64_t i0 = tiling.row.begin(i);
+        const int rows = int(tiling.row.begin(i + 1) - i0);
         if (n == 0 && share.barrier && i + 1 < tiling.row.pieces)  // the next rows, half of them from another core
-          for (int64_t j = j0 + rows; j < share.j0 + tiling.row.begin(i + 2); ++j)
-            prefetch<false>(p == 0 ? h_prev(s, j) : operand(s, j), a.H);
+          for (int64_t next = i0 + rows; next < tiling.row.begin(i + 2); ++next)
+            prefetch<false>(p == 0 ? h_prev(s, share.row(next)) : operand(s, share.row(next)), a.H);
         for (int r = 0; r < rows; ++r) {
-          t.a[r] = p == 0 ? h_prev(s, j0 + r) : operand(s, j0 + r);
-          t.cin[r] = t.cout[r] = slots_at(s, c, j0 + r) + (b0 - share.b0) * slots + span.first * L;
+          const int64_t j = share.row(i0 + r);
+          t.a[r] = p == 0 ? h_prev(s, j) : operand(s, j);
+          t.cin[r] = t.cout[r] = slots_at(s, c, i0 + r) + (b0 - share.b0) * slots + span.first * L;
           if (p + 1 == Cell::phases) {
-            prefetch<true>(a.y.at(s, j0 + r) + b0 * L, (b1 - b0) * L);
-            if (a.copy.base) prefetch<true>(a.copy.at(s, j0 + r) + b0 * L, (b1 - b0) * L);
-            if (a.training) prefetch<true>(saved(s, j0 + r, b0), (b1 - b0) * L * Cell::saved);
+            prefetch<true>(a.y.at(s, j) + b0 * L, (b1 - b0) * L);
+            if (a.copy.base) prefetch<true>(a.copy.at(s, j) + b0 * L, (b1 - b0) * L);
+            if (a.training) prefetch<true>(saved(s, j, b0), (b1 - b0) * L * Cell::saved);
           }
         }
         run_tile<T, span.count>(rows, int(b1 - b0), t);
         for (int r = 0; r < rows; ++r) {
-          T* row = slots_at(s, c, j0 + r) + (b0 - share.b0) * slots;
+          T* row = slots_at(s, c, i0 + r) + (b0 - share.b0) * slots;
+          const int64_t j = share.row(i0 + r);
           for (int64_t b = b0; b < b1; ++b, row += slots) {
             int width = block_width<T>(a.H, b);
             V slot[Cell::slots];
 #pragma GCC unroll 8
-            for (int i = 0; i < Cell::slots; ++i) slot[i] = V::load(row + i * L);
+            for (int v = 0; v < Cell::slots; ++v) slot[v] = V::load(row + v * L);
             if (width == L)
-              cell<p, true>(slot, row, s, j0 + r, b, width);
+              cell<p, true>(slot, row, s, j, b, width);
             else
-              cell<p, false>(slot, row, s, j0 + r, b, width);
+              cell<p, false>(slot, row, s, j, b, width);
           }
         }
       }
@@ -237,8 +251,8 @@ struct Forward {
   template <int p, int NB, bool full>
   void row_tile(int64_t s, int64_t c, int64_t b0, bool with_input) const {
     constexpr Span span = Cell::recurrent[p];
-    const int64_t j = share.j0;
-    T* row = slots_at(s, c, j) + (b0 - share.b0) * slots;
+    const int64_t j = share.row(0);
+    T* row = slots_at(s, c, 0) + (b0 - share.b0) * slots;
     const T* from = with_input ? a.bias + b0 * slots : row;
     V slot[1][NB * Cell::slots];
 #pragma GCC unroll 32
@@ -321,10 +335,12 @@ struct Backward {
       done += rows;
       if (s >= 0) {
         for (int64_t b = share.b0; b < share.b1; ++b)
-          for (int64_t j = share.j0; j < forward.running(s + 1); ++j)
+          for (int64_t r = 0; r < forward.running(s + 1); ++r) {
+            const int64_t j = share.row(r);
             for (int i = 0; i < Cell::slots; ++i) V::load(gates(b, last + j) + i * L).store(gates(b, j) + i * L);
+          }
         last = 0;
-        wait(team.all);
+        wait(team.all, team.rank);
       }
     }
     if (begin > 0) return;
@@ -336,8 +352,9 @@ struct Backward {
 
   void start_carry() const {
     for (int i = 0; i < Cell::states; ++i)
-      for (int64_t j = share.j0; j < share.j1; ++j)
+      for (int64_t r = 0; r < share.rows; ++r)
         for (int64_t b = share.b0; b < share.b1; ++b) {
+          const int64_t j = share.row(r);
           const T* from = a.dfinal_state[i] ? a.dfinal_state[i] + f.state_row[j] + b * L : f.zeros;
           V::load(from, block_width<T>(H, b)).store(a.carry[i] + j * padded + b * L);
         }
@@ -346,8 +363,9 @@ struct Backward {
   void finish_carry() const {
     for (int i = 0; i < Cell::states; ++i)
       if (a.dstate[i])
-        for (int64_t j = share.j0; j < share.j1; ++j)
+        for (int64_t r = 0; r < share.rows; ++r)
           for (int64_t b = share.b0; b < share.b1; ++b) {
+            const int64_t j = share.row(r);
             int width = block_width<T>(H, b);
             T* to = a.dstate[i] + f.state_row[j] + b * L;
             V v = V::load(a.carry[i] + j * padded + b * L);
@@ -365,7 +383,7 @@ struct Backward {
       else
         cell<q, false>(s, now, j, b, width, grad);
     });
-    wait(share.barrier);
+    share.wait();
     if constexpr (q + 1 < Cell::phases) step<q + 1>(s, next, now);
   }
 
@@ -419,41 +437,43 @@ struct Backward {
     constexpr Span span = Cell::recurrent[p];
     const int64_t steps = f.schedule.steps;
     // Rows that ended at step s got nothing from a later step: for them the product is empty.
-    int64_t fed = q > 0 ? forward.running(s) : s + 1 < steps ? forward.running(s + 1) : share.j0;
+    int64_t fed = q > 0 ? forward.running(s) : s + 1 < steps ? forward.running(s + 1) : 0;
     int64_t ends = s >= 0 ? forward.running(s) : fed;
     Batch batch;
     Tile<T> t;
     t.k = span.count * L, t.a_stride = 1, t.a_segment = a.gates_block;
     t.b_block = a.hh_block[p], t.cin_block = q == 0 ? L : 0;
     for (int part = 0; part < 2; ++part) {
-      int64_t j0 = part == 0 ? share.j0 : fed, j1 = part == 0 ? fed : ends;
-      if (j1 <= j0) continue;
-      const Tiling<T, 1> tiling(j1 - j0, share.b1 - share.b0);
+      const int64_t part0 = part == 0 ? 0 : fed, rows = (part == 0 ? fed : ends) - part0;
+      if (rows <= 0) continue;
+      const Tiling<T, 1> tiling(rows, share.b1 - share.b0);
       for (int64_t k = 0; k < tiling.block.pieces; ++k) {
         const int64_t g = there_and_back(k, tiling.block.pieces, s);
         const int64_t b0 = share.b0 + tiling.block.begin(g), b1 = share.b0 + tiling.block.begin(g + 1);
         batch.vectors = int(b1 - b0);
         const int64_t segments = part == 0 ? blocks : 0;
-        const Pieces piece(t.k, segments, j1 - j0, b1 - b0);
-        const Cut row{j1 - j0, ceil_div(j1 - j0, piece.rows)};
+        const Pieces piece(t.k, segments, rows, b1 - b0);
+        const Cut row{rows, ceil_div(rows, piece.rows)};
         for (int64_t i = 0; i < row.pieces; ++i) {
-          const int64_t j = j0 + row.begin(i);
+          const int64_t i0 = part0 + row.begin(i);
           const int n = int(row.begin(i + 1) - row.begin(i));
           if (k == 0 && share.barrier && part == 0 && i + 1 < row.pieces)  // the next rows, from other cores
             for (int64_t b = 0; b < blocks; ++b)
               if (b < share.b0 || b >= share.b1)
-                prefetch<false>(gates(b, from + j + n), (row.begin(i + 2) - row.begin(i + 1)) * slots);
+                for (int64_t next = row.begin(i + 1); next < row.begin(i + 2); ++next)
+                  prefetch<false>(gates(b, from + share.row(next)), slots);
           for (int r = 0; r < n; ++r) {
-            batch.a[r] = gates(0, from + j + r) + span.first * L;
-            batch.cin[r] = q == 0 ? a.carry[0] + (j + r) * padded + b0 * L : f.zeros;
+            const int64_t j = share.row(i0 + r);
+            batch.a[r] = gates(0, from + j) + span.first * L;
+            batch.cin[r] = q == 0 ? a.carry[0] + j * padded + b0 * L : f.zeros;
             if (s >= 0) {
-              prefetch<false>(forward.saved(s, j + r, b0), (b1 - b0) * L * Cell::saved);
-              if (q == 0 && a.dy.base) prefetch<false>(a.dy.at(s, j + r) + b0 * L, (b1 - b0) * L);
+              prefetch<false>(forward.saved(s, j, b0), (b1 - b0) * L * Cell::saved);
+              if (q == 0 && a.dy.base) prefetch<false>(a.dy.at(s, j) + b0 * L, (b1 - b0) * L);
             }
           }
           run_batch(batch, n, t, a.w_hh_t[p] + b0 * a.hh_block[p], segments, piece.segments);
           for (int r = 0; r < n; ++r)
-            for (int64_t b = b0; b < b1; ++b) then(j + r, b, batch.result(r) + (b - b0) * L);
+            for (int64_t b = b0; b < b1; ++b) then(share.row(i0 + r), b, batch.result(r) + (b - b0) * L);
         }
       }
     }
@@ -499,7 +519,7 @@ struct Backward {
   void chunk_gradients(int64_t lo, int64_t hi, int64_t rows, int64_t done) const {
     const bool last = lo == 0;
     if (a.dw_ih) pack_operands(hi, rows);
-    wait(team.all);
+    wait(team.all, team.rank);
     if (a.dw_ih) {
       outer_product(Cell::input, f.I, a.x_panel, a.dw_ih, a.sum_w_ih, rows, done, last);
       for (int p = 0; p < Cell::phases; ++p)
@@ -624,26 +644,27 @@ struct Backward {
   // those that share rows split the columns.
   void input_gradients(int64_t lo, int64_t hi) const {
     int64_t rows = 0;
-    for (int64_t s = lo; s <= hi; ++s) rows += forward.running(s) - share.j0;
+    for (int64_t s = lo; s <= hi; ++s) rows += forward.running(s);
     if (rows == 0) return;
     const Tiling<T, 1> tiling(rows, ceil_div(f.I, L));
     const Cut mine{tiling.block.pieces, team.plan.unit_threads};
-    const int part = team.rank % team.plan.unit_threads;
-    Batch batch;
+        Batch batch;
     Tile<T> t;
     t.k = Cell::input.count * L, t.a_stride = 1, t.a_segment = a.gates_block;
     t.b_block = a.ih_block, t.cin_block = 0;
-    for (int64_t g = mine.begin(part); g < mine.begin(part + 1); ++g) {
+    for (int64_t g = mine.begin(share.unit); g < mine.begin(share.unit + 1); ++g) {
       const int64_t n0 = tiling.block.begin(g), vectors = tiling.block.begin(g + 1) - n0;
       batch.vectors = int(vectors);
       const Pieces piece(t.k, blocks, rows, vectors);
       const Cut row{rows, ceil_div(rows, piece.rows)};
-      int64_t s = hi, j = share.j0, before = 0;  // row (s, j) of the chunk is number before + j
+      // The share's row `own` of `here` at step s; row (s, j) of the chunk is number before + j.
+      int64_t s = hi, own = 0, here = forward.running(hi), before = 0;
       for (int64_t i = 0; i < row.pieces; ++i) {
         const int n = int(row.begin(i + 1) - row.begin(i));
         T* to[Batch::most_rows];
-        for (int r = 0; r < n; ++r, ++j) {
-          while (j >= forward.running(s)) before += f.schedule.active[s], --s, j = share.j0;
+        for (int r = 0; r < n; ++r, ++own) {
+          while (own >= here) before += f.schedule.active[s], --s, own = 0, here = forward.running(s);
+          const int64_t j = share.row(own);
           batch.a[r] = gates(0, this->batch + before + j) + Cell::input.first * L;
           batch.cin[r] = f.zeros;
           to[r] = a.dx.at(s, j) + n0 * L;

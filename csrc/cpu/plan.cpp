@@ -1,5 +1,7 @@
 #include "cpu/plan.h"
 
+#include "cpu/threads.h"
+
 #include <algorithm>
 #include <cmath>
 
@@ -22,8 +24,11 @@ constexpr double hop_ns = 250.0;              // a line from one core to another
 constexpr double tile_ns = 8.0;
 constexpr double start_ns = 3000.0;           // handing a call to another thread and waiting for it
 
-// Its members arrive one after the other at one counter, then all are told at once.
-double barrier_ns(int members) { return hop_ns * (1 + 0.5 * members); }
+// Members arrive one after the other at a counter, their groups at another, then all are told at once.
+double barrier_ns(int members) {
+  const int groups = Barrier::groups(members);
+  return hop_ns * (1 + 0.5 * (groups == 1 ? members : ceil_div(members, groups) + groups));
+}
 
 // The time of one layer over all steps, cut `rows` x `units` ways.
 double layer_ns(const LayerSize& size, const Machine& machine, int rows, int units, bool forward) {
@@ -48,23 +53,30 @@ double layer_ns(const LayerSize& size, const Machine& machine, int rows, int uni
   return double(size.T) * (step + rest) + (rows * units > 1 ? start_ns : 0);
 }
 
-Plan cut(const LayerSize& size, const Machine& machine, int threads, int least, bool forward) {
+// Calls then(parts) for 1, 2, .. `most` parts of n things, less those that leave the largest part as it was: they would cost
+// threads and gain nothing. `forced` above 0 stands for all of them.
+template <class Then>
+void each_cut(int64_t n, int64_t most, int forced, Then then) {
+  if (forced > 0) most = std::min<int64_t>(forced, most);
+  for (int64_t parts = forced > 0 ? std::max<int64_t>(1, most) : 1; parts <= most;) {
+    then(int(parts));
+    const int64_t largest = ceil_div(n, parts);
+    parts = largest > 1 ? ceil_div(n, largest - 1) : most + 1;
+  }
+}
+
+Plan cut(const LayerSize& size, const Machine& machine, int threads, bool several, bool forward) {
   const int64_t blocks = ceil_div(size.H, size.lanes);
+  if (threads == 1 || (blocks == 1 && size.B == 1)) several = false;
   Plan best;
   double best_ns = 0;
-  for (int units = 1; units <= std::min<int64_t>(threads, blocks); ++units) {
-    if (override_values.unit_threads > 0 && units != std::min<int64_t>({override_values.unit_threads, threads, blocks}))
-      continue;
-    for (int rows = 1; rows <= std::min<int64_t>(threads / units, size.B); ++rows) {
-      if (override_values.row_threads > 0 &&
-          rows != std::min<int64_t>({override_values.row_threads, threads / units, size.B}))
-        continue;
-      if (rows * units < least && (units < std::min<int64_t>(threads, blocks) || rows < std::min<int64_t>(threads / units, size.B)))
-        continue;
+  each_cut(blocks, std::min<int64_t>(threads, blocks), override_values.unit_threads, [&](int units) {
+    each_cut(size.B, std::min<int64_t>(threads / units, size.B), override_values.row_threads, [&](int rows) {
+      if (several && rows * units == 1) return;
       const double ns = layer_ns(size, machine, rows, units, forward);
       if (best_ns == 0 || ns < best_ns) best_ns = ns, best.row_threads = rows, best.unit_threads = units;
-    }
-  }
+    });
+  });
   best.estimated_us = best_ns * 1e-3;
   return best;
 }
@@ -73,7 +85,7 @@ Wave wave(const std::vector<LayerSize>& layers, const Machine& machine, int thre
   const int L = int(layers.size());
   Wave best;
   double best_ns = 0;
-  for (const LayerSize& size : layers) best_ns += 1e3 * cut(size, machine, threads, 1, forward).estimated_us;
+  for (const LayerSize& size : layers) best_ns += 1e3 * cut(size, machine, threads, false, forward).estimated_us;
   best_ns *= 0.9;  // a wavefront must be clearly better: it is more to wait for
   const int64_t most = layers[0].T / 2;
   for (int teams = 2; teams <= std::min(L, threads); ++teams) {
@@ -83,7 +95,7 @@ Wave wave(const std::vector<LayerSize>& layers, const Machine& machine, int thre
       double ns = 0, again = 0;
       for (; l < L && int64_t(l) * teams / L == team; ++l) {
         const LayerSize& size = layers[l];
-        ns += 1e3 * cut(size, machine, threads / teams, 1, forward).estimated_us;
+        ns += 1e3 * cut(size, machine, threads / teams, false, forward).estimated_us;
         // Each range reads W_ih again; in backward it reads and writes the gradients of all weights.
         const double row = double(size.cell->gates * size.H) * size.element_bytes;
         again += 2 * hop_ns + (forward ? row * double(size.I) / l2_bytes_per_ns
@@ -121,8 +133,8 @@ Machine this_machine() {
   return machine;
 }
 
-Plan forward_plan(const LayerSize& size, const Machine& machine, int threads, int least) {
-  Plan plan = cut(size, machine, threads, least, true);
+Plan forward_plan(const LayerSize& size, const Machine& machine, int threads, bool several) {
+  Plan plan = cut(size, machine, threads, several, true);
   // A chunk's pre-activations take at most a quarter of the second cache level; longer chunks read W_ih less often.
   const int64_t rows = ceil_div(size.B, plan.row_threads);
   const int64_t row_bytes =
@@ -134,7 +146,7 @@ Plan forward_plan(const LayerSize& size, const Machine& machine, int threads, in
 }
 
 Plan backward_plan(const LayerSize& size, const Machine& machine, int threads) {
-  Plan plan = cut(size, machine, threads, 1, false);
+  Plan plan = cut(size, machine, threads, false, false);
   plan.chunk_rows = override_values.chunk_rows > 0 ? override_values.chunk_rows : 512;
   plan.chunk_rows = std::max(size.B, std::min(plan.chunk_rows, size.T * size.B));
   return plan;

@@ -21,8 +21,8 @@ struct LayerSize {
   int element_bytes;
 };
 
-// `least` threads are used where the shape has work for so many, whatever the cost model says.
-Plan forward_plan(const LayerSize& size, const Machine& machine, int threads, int least = 1);
+// `several`: more than one thread where the shape has work for them, whatever the cost model says.
+Plan forward_plan(const LayerSize& size, const Machine& machine, int threads, bool several = false);
 Plan backward_plan(const LayerSize& size, const Machine& machine, int threads);
 
 // A stack's layers as a wavefront: each team runs its layers (l * teams / L is the team of layer l) one range of steps

@@ -82,7 +82,7 @@ class Crew {
   int lane(int64_t layer, int d) const { return flows() ? int(layer) : split() ? d : 0; }
   int first_rank(int64_t layer, int d) const { return team_of(layer, d) * (threads_ / teams_); }
   const Plan& plan(int64_t layer) const { return plans_[layer]; }
-  void wait() { all_.wait(); }
+  void wait(int rank) { all_.wait(rank); }
   void run(const std::function<void(int)>& work) { lease_.run(threads_, work); }
 
   // Calls work(d, team) for the directions of the layer that this rank takes part in.
@@ -435,7 +435,7 @@ void run_forward(const StackForward<T>& call, Tape<T>* tape) {
   crew.run([&](int rank) {
     if (own_panels) own_panels->pack(call.weights, rank, crew.threads());
     if (tape) sums.add(spec, call.weights, call.x, order, rank, crew.threads());
-    crew.wait();
+    crew.wait(rank);
     Trace trace("forward", rank);
     if (crew.flows()) {
       crew.flow(rank, steps, true, [&](int l, const Team& team, int64_t begin, int64_t end) {
@@ -447,12 +447,12 @@ void run_forward(const StackForward<T>& call, Tape<T>* tape) {
     for (int64_t l = 0; l < spec.L; ++l) {
       if (l > 0 && drops) {
         Dropout{tape->dropout, tape->seed}.apply<T>(tape->y[l - 1], between, T_ * B * width, l, rank, crew.threads());
-        crew.wait();
+        crew.wait(rank);
       }
       crew.directions(l, rank, [&](int d, const Team& team) {
         kernels<T>().cell[spec.cell].forward(args[l * spec.D + d], team, 0, steps);
       });
-      crew.wait();
+      crew.wait(rank);
       trace.layer<T>(spec, l, T_, B, crew);
     }
   });
@@ -606,7 +606,7 @@ void run_backward(const StackBackward<T>& call) {
         k.pack_transposed(w.w_hh, H, H, cell.slot_gate + cell.recurrent[p].first, cell.recurrent[p].count, part.begin,
                           part.end, t.w_hh[p], t.hh_block[p]);
     }
-    crew.wait();
+    crew.wait(rank);
     Trace trace("backward", rank);
     if (crew.flows()) {
       crew.flow(rank, steps, false, [&](int l, const Team& team, int64_t begin, int64_t end) {
@@ -617,11 +617,11 @@ void run_backward(const StackBackward<T>& call) {
     }
     for (int64_t l = spec.L - 1; l >= 0; --l) {
       if (l > 0 && drops) dropout.apply<T>(tape.y[l - 1], masked, T_ * B * width, l, rank, threads);
-      crew.wait();
+      crew.wait(rank);
       crew.directions(l, rank, [&](int d, const Team& team) {
         k.cell[spec.cell].backward(args[l * spec.D + d], team, 0, steps);
       });
-      crew.wait();
+      crew.wait(rank);
       trace.layer<T>(spec, l, T_, B, crew);
       if (crew.split() && dx[l].data) {
         const int64_t I = spec.input_size(l);
@@ -632,11 +632,11 @@ void run_backward(const StackBackward<T>& call) {
             const T* from = second + (t * B + order.from[j]) * I;
             for (int64_t n = 0; n < I; ++n) to[n] += from[n];
           }
-        crew.wait();
+        crew.wait(rank);
       }
       if (l > 0 && drops) {
         dropout.apply<T>(dx[l].data, dx[l].data, T_ * B * width, l, rank, threads);
-        crew.wait();
+        crew.wait(rank);
       }
     }
   });

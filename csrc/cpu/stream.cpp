@@ -21,7 +21,7 @@ bool worth_several(const LayerSize& size) {
 template <class T>
 Plan Stream<T>::plan_of(int64_t layer, int threads) const {
   const LayerSize size = layer_size<T>(spec_, layer, 1, B_);
-  return forward_plan(size, this_machine(), threads, threads > 1 && worth_several(size) ? 2 : 1);
+  return forward_plan(size, this_machine(), threads, threads > 1 && worth_several(size));
 }
 
 template <class T>
@@ -117,7 +117,7 @@ void Stream<T>::run_on_several() {
     for (Level& level : levels_) {
       if (rank < level.plan.threads())
         forward_(level.args, Team{level.plan, &level.barriers[0], &level.barriers[1], rank}, 0, 1);
-      if (planned_ > 1 && levels_.size() > 1) all_->wait();
+      if (planned_ > 1 && levels_.size() > 1) all_->wait(rank);
     }
   });
   if (wanted > 1) {

@@ -245,22 +245,37 @@ thread_local int thread_threads = 0;
 
 }  // namespace
 
-void Barrier::wait() {
-  uint32_t round = round_.load(std::memory_order_relaxed);
-  if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == uint32_t(members_)) {
-    arrived_.store(0, std::memory_order_relaxed);
-    round_.store(round + 1, std::memory_order_release);
-  } else {
-    spin_until(yields_, [&] { return round_.load(std::memory_order_acquire) != round; });
+void Barrier::reset(int members, bool yields) {
+  members_ = members, yields_ = yields;
+  group_size_ = (members + groups(members) - 1) / groups(members);
+  groups_ = (members + group_size_ - 1) / group_size_;
+}
+
+inline bool Barrier::Counter::completed_by_next(uint32_t of) {
+  if (arrived.fetch_add(1, std::memory_order_acq_rel) + 1 < of) return false;
+  arrived.store(0, std::memory_order_relaxed);
+  return true;
+}
+
+void Barrier::wait(int rank) {
+  const uint32_t round = round_.load(std::memory_order_relaxed);
+  bool last = true;
+  if (groups_ > 1) {
+    const int group = rank / group_size_;
+    last = group_[group].completed_by_next(std::min(group_size_, members_ - group * group_size_));
   }
+  if (last && all_.completed_by_next(groups_ > 1 ? groups_ : members_))
+    round_.store(round + 1, std::memory_order_release);
+  else
+    spin_until(yields_, [&] { return round_.load(std::memory_order_acquire) != round; });
 }
 
 void Progress::wait_for(int64_t count) {
   spin_until(yields_, [&] { return count_.load(std::memory_order_acquire) >= count; });
 }
 
-void wait(Barrier* barrier) {
-  if (barrier) barrier->wait();
+void wait(Barrier* barrier, int rank) {
+  if (barrier) barrier->wait(rank);
 }
 
 Barrier* barrier_at(Barrier* barriers, int i) { return barriers + i; }

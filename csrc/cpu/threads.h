@@ -13,16 +13,24 @@ namespace fusedrnn {
 
 constexpr std::chrono::microseconds spin_window{200};  // how long a worker waits awake for the next call
 
-// Meeting point of `members` threads, used again and again.
+// Meeting point of `members` threads with the ranks 0, 1, .., used again and again. Threads that count up one number take
+// turns at its line, so many of them count by groups first.
 class alignas(64) Barrier {
  public:
-  void reset(int members, bool yields) { members_ = members, yields_ = yields; }
-  void wait();
+  static constexpr int most_groups = 8;
+  static int groups(int members) { return members <= most_groups ? 1 : most_groups; }
+
+  void reset(int members, bool yields);
+  void wait(int rank);
 
  private:
-  alignas(64) std::atomic<uint32_t> arrived_{0};
+  struct alignas(64) Counter {
+    std::atomic<uint32_t> arrived{0};
+    bool completed_by_next(uint32_t of);  // and then it starts again
+  };
+  Counter group_[most_groups], all_;
   alignas(64) std::atomic<uint32_t> round_{0};
-  int members_ = 1;
+  int members_ = 1, groups_ = 1, group_size_ = 1;
   bool yields_ = false;
 };
 
@@ -38,7 +46,7 @@ class alignas(64) Progress {
   bool yields_ = false;
 };
 
-void wait(Barrier* barrier);  // a null barrier has one member
+void wait(Barrier* barrier, int rank);  // a null barrier has one member
 Barrier* barrier_at(Barrier* barriers, int i);
 
 // Threads that this process may use at once: affinity and cgroup limits, at least 1.

@@ -92,10 +92,10 @@ void test_pool() {
       ++runs[rank];
       for (int turn = 1; turn <= 3; ++turn) {
         turns[rank] = turn;
-        barrier.wait();
+        barrier.wait(rank);
         for (int t : turns)
           if (t != turn) in_step = false;
-        barrier.wait();
+        barrier.wait(rank);
       }
     });
     for (const auto& n : runs) all_ran = all_ran && n == 1;
@@ -103,6 +103,29 @@ void test_pool() {
   check(all_ran, "every rank runs once");
   check(in_step, "nobody passes the barrier early");
   check(teams[2] > 0 && teams[3] > 0 && teams[4] > 0, "the pool serves teams of every size");
+}
+
+// Teams larger than this machine, which meet by groups.
+void test_large_barriers() {
+  for (const int members : {8, 9, 33, 64}) {
+    Barrier barrier;
+    barrier.reset(members, true);
+    std::vector<std::atomic<int>> turns(members);
+    std::atomic<bool> in_step{true};
+    std::vector<std::thread> threads;
+    for (int rank = 0; rank < members; ++rank)
+      threads.emplace_back([&, rank] {
+        for (int turn = 1; turn <= 5; ++turn) {
+          turns[rank].store(turn, std::memory_order_relaxed);
+          barrier.wait(rank);
+          for (const auto& t : turns)
+            if (t.load(std::memory_order_relaxed) != turn) in_step = false;
+          barrier.wait(rank);
+        }
+      });
+    for (std::thread& thread : threads) thread.join();
+    check(in_step, "nobody passes a barrier of groups early");
+  }
 }
 
 // A lease of two threads, as soon as the pool does not hold back.
@@ -240,6 +263,7 @@ void test_machinery(bool forks) {
   test_tuner();
   test_denormals();
   test_pool();
+  test_large_barriers();
   test_concurrent_callers();
   if (forks) test_fork();
 }
