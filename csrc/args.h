@@ -15,7 +15,7 @@
 
 namespace fusedrnn {
 
-FUSEDRNN_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+FUSEDRNN_HD_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 constexpr int max_phases = 2;
 constexpr int max_states = 2;
@@ -27,7 +27,7 @@ struct Rows {
   T* base;
   ptrdiff_t step;
   const ptrdiff_t* row;  // (B)
-  FUSEDRNN_INLINE T* at(int64_t s, int64_t j) const { return base + s * step + row[j]; }
+  FUSEDRNN_HD_INLINE T* at(int64_t s, int64_t j) const { return base + s * step + row[j]; }
 };
 
 struct Schedule {

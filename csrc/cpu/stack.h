@@ -6,22 +6,12 @@
 #include <vector>
 
 #include "args.h"
-#include "cells/all.h"
 #include "cpu/memory.h"
 #include "cpu/plan.h"
+#include "order.h"
+#include "spec.h"
 
 namespace fusedrnn {
-
-struct Spec {
-  int cell;              // index into cells[]
-  int64_t I, H, L;
-  int D;                 // directions
-  bool bias, reverse;    // reverse: the only direction runs backward in time
-  const CellInfo& info() const { return cells[cell]; }
-  int64_t input_size(int64_t layer) const { return layer == 0 ? I : D * H; }
-  int64_t count() const { return L * D; }
-  bool backward_in_time(int d) const { return reverse || d == 1; }
-};
 
 // What a plan must know of a layer that T_ steps of B rows pass through.
 template <class T>
@@ -61,16 +51,6 @@ class Panels {
   Spec spec_;
   std::vector<Layer> layers_;
   Arena arena_;
-};
-
-// Which row runs when: sequences sorted by length, longest first.
-struct Order {
-  Order(int64_t T, int64_t B, const int64_t* lengths);
-  std::vector<int64_t> active, offset;  // see Schedule
-  std::vector<int64_t> from;            // (B): the caller's batch index of row j
-  std::vector<int64_t> length;          // (B): of row j
-  int64_t rows() const { return offset.back(); }
-  Schedule schedule(int64_t B) const { return {int64_t(active.size()) - 1, B, active.data(), offset.data()}; }
 };
 
 // What a training forward keeps for its backward passes.
