@@ -194,21 +194,24 @@ void pack_gates(const T* w, int64_t H, int64_t K, const int* gate, int count, in
 }
 
 // Packs a transposed panel, for products with the gates' gradients. w is (gates*H, N) row-major; out is [blocks of N]
-// [K][lanes] with K = (blocks of H, slots, lanes), the order in which the gradients lie; rows past H and columns past N are 0.
+// [K][lanes] with K = (blocks of H, slots, lanes), the order in which the gradients lie; rows past H and columns past N are
+// 0. This is block b of H in blocks [n0, n1) of N.
 template <class T>
-void pack_transposed(const T* w, int64_t H, int64_t N, const int* gate, int count, int64_t n0, int64_t n1, T* out,
+void pack_transposed(const T* w, int64_t H, int64_t N, const int* gate, int count, int64_t b, int64_t n0, int64_t n1, T* out,
                      int64_t stride) {
   using V = Vec<T>;
   constexpr int L = V::lanes;
+  const int rows = int(H - b * L < L ? H - b * L : L);
   for (int64_t n = n0; n < n1; ++n) {
-    int width = int(N - n * L < L ? N - n * L : L);
-    T* d = out + n * stride;
-    for (int64_t b = 0; b < ceil_div(H, L); ++b)
-      for (int s = 0; s < count; ++s)
-        for (int64_t u = b * L; u < (b + 1) * L; ++u, d += L) {
-          V v = u < H ? V::load(w + (gate[s] * H + u) * N + n * L, width) : V(T(0));
-          v.store(d);
-        }
+    const int width = int(N - n * L < L ? N - n * L : L);
+    for (int s = 0; s < count; ++s) {
+      const T* from = w + (gate[s] * H + b * L) * N + n * L;
+      T* to = out + n * stride + (b * count + s) * L * L;
+      for (int u = 0; u < L; ++u) {
+        V v = u >= rows ? V(T(0)) : width == L ? V::load(from + u * N) : V::load(from + u * N, width);
+        v.store(to + u * L);
+      }
+    }
   }
 }
 

@@ -20,11 +20,12 @@ struct Kernels {
   CellKernels<T> cell[cell_count];
   void (*pack_gates)(const T* w, int64_t H, int64_t K, const int* gate, int count, int64_t b0, int64_t b1, T* out,
                      int64_t stride);
-  void (*pack_transposed)(const T* w, int64_t H, int64_t N, const int* gate, int count, int64_t n0, int64_t n1, T* out,
-                          int64_t stride);
+  void (*pack_transposed)(const T* w, int64_t H, int64_t N, const int* gate, int count, int64_t b, int64_t n0, int64_t n1,
+                          T* out, int64_t stride);
   // out[i] = keep(seed, index + i) ? x[i] * scale : 0, where keep holds for a random word of at least `threshold`.
   void (*dropout)(const T* x, T* out, int64_t n, uint64_t seed, uint64_t index, uint32_t threshold, T scale);
-  uint64_t (*hash)(const T* p, int64_t bytes, uint64_t index);  // of a piece of memory and its number; the same on every ISA
+  // Of a piece of memory that starts at a place, in 8-byte words; the same on every ISA, and a sum over pieces of whole words.
+  uint64_t (*hash)(const T* p, int64_t bytes, uint64_t place);
   // What the machine can do: floating-point operations done, and n elements read `rounds` times over (the sum is returned).
   double (*fma_chain)(int64_t rounds);
   T (*read)(const T* p, int64_t n, int64_t rounds);

@@ -14,21 +14,17 @@ namespace {
 
 PlanOverride override_values;
 
-// What things cost on a core of today, in nanoseconds; only their proportions matter. From docs/performance.md.
-constexpr double fma_per_ns = 7.0;            // vector FMAs
-constexpr double l2_bytes_per_ns = 200.0;     // a panel read once per row tile
-constexpr double l3_bytes_per_ns = 80.0;      // a panel that the second level does not hold, once per step
+// What things cost on a core of today, in nanoseconds; only their proportions matter. Measured on Zen 4, docs/performance.md.
+constexpr double fma_bytes_per_ns = 235.0;    // of vectors multiplied and added
+constexpr double l2_bytes_per_ns = 117.0;     // a panel read once per row tile
+constexpr double l3_bytes_per_ns = 90.0;      // a panel that the second level does not hold, once per step
 constexpr double exchange_bytes_per_ns = 5;   // rows that another core has just written: 80 with a shared cache, 3 without
 constexpr double cell_ns = 12.0;              // the epilogue of one vector
-constexpr double hop_ns = 250.0;              // a line from one core to another with which it shares no cache
+constexpr double hop_ns = 215.0;              // a line from one core to another with which it shares no cache
 constexpr double tile_ns = 8.0;
 constexpr double start_ns = 3000.0;           // handing a call to another thread and waiting for it
 
-// Members arrive one after the other at a counter, their groups at another, then all are told at once.
-double barrier_ns(int members) {
-  const int groups = Barrier::groups(members);
-  return hop_ns * (1 + 0.5 * (groups == 1 ? members : ceil_div(members, groups) + groups));
-}
+double barrier_ns(int members) { return hop_ns * Barrier::rounds(members); }
 
 // The time of one layer over all steps, cut `rows` x `units` ways.
 double layer_ns(const LayerSize& size, const Machine& machine, int rows, int units, bool forward) {
@@ -37,7 +33,7 @@ double layer_ns(const LayerSize& size, const Machine& machine, int rows, int uni
   const double gates = size.cell->gates, vector_bytes = size.lanes * size.element_bytes;
   const double vectors = blocks * gates * double(size.H);       // of W_hh that this thread multiplies with
   const double weights = vectors * vector_bytes;
-  const double fma = B * vectors / fma_per_ns;
+  const double fma = B * weights / fma_bytes_per_ns;
   const double tiles = double(ceil_div(int64_t(B), 6));
   const double from_l2 = tiles * weights / l2_bytes_per_ns;
   const double from_l3 = weights > 0.75 * double(machine.l2_bytes) ? weights / l3_bytes_per_ns : 0;
@@ -49,7 +45,7 @@ double layer_ns(const LayerSize& size, const Machine& machine, int rows, int uni
   }
   // The input product; in backward, the gradients of x and of both weight matrices.
   const double products = forward ? double(size.I) : double(2 * size.I + size.H);
-  const double rest = B * blocks * gates * products / fma_per_ns;
+  const double rest = B * blocks * gates * products * vector_bytes / fma_bytes_per_ns;
   return double(size.T) * (step + rest) + (rows * units > 1 ? start_ns : 0);
 }
 

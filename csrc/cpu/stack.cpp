@@ -219,43 +219,66 @@ void clear_padding(const Sequence<T>& a, int64_t width, const Order& order, int6
       std::fill_n(a.data + t * a.step + order.from[j] * a.row, width, T(0));
 }
 
-// What a tape remembers of x and of the parameters: sums of hashes of pieces, which any threads may take in any order.
-struct Checksums {
-  std::atomic<uint64_t> x{0}, weights{0};
+// Calls then(i, b) for this rank's blocks of hidden units of every layer and direction.
+template <class Then>
+void each_block(const Spec& spec, int64_t lanes, int rank, int threads, Then then) {
+  const Part part(ceil_div(spec.H, lanes), rank, threads);
+  for (int64_t i = 0; i < spec.count(); ++i)
+    for (int64_t b = part.begin; b < part.end; ++b) then(i, b);
+}
 
-  // Adds this rank's part; the padding of x is left out.
-  template <class T>
-  void add(const Spec& spec, const StackWeights<const T>& w, const Sequence<const T>& a, const Order& order, int rank,
-           int threads) {
-    const auto hash = kernels<T>().hash;
-    const int64_t B = order.from.size(), steps = order.active.size() - 1;
-    const bool whole_steps = a.row == spec.I && (steps == 0 || order.active[steps - 1] == B);
+// What a tape remembers of x and of the parameters: sums over their words, which any threads may take in any order.
+// Weights are hashed piece by piece just before a piece is packed, so that they come from memory once.
+template <class T>
+class Checksums {
+ public:
+  explicit Checksums(const Spec& spec) : spec_(spec) {}
+
+  // This rank's part; the padding of x is left out.
+  void add_x(const Sequence<const T>& a, const Order& order, int rank, int threads) {
+    const int64_t B = order.from.size(), steps = order.active.size() - 1, row = words(spec_.I);
+    const bool whole_steps = a.row == spec_.I && (steps == 0 || order.active[steps - 1] == B);
     uint64_t sum = 0;
     const Part part(steps, rank, threads);
     for (int64_t s = part.begin; s < part.end; ++s) {
       if (whole_steps) {
-        sum += hash(a.data + s * a.step, B * spec.I * sizeof(T), s * B);
+        sum += hash_(a.data + s * a.step, B * spec_.I * sizeof(T), s * B * row);
       } else {
         for (int64_t j = 0; j < order.active[s]; ++j)
-          sum += hash(a.data + s * a.step + order.from[j] * a.row, spec.I * sizeof(T), s * B + order.from[j]);
+          sum += hash_(a.data + s * a.step + order.from[j] * a.row, spec_.I * sizeof(T), (s * B + order.from[j]) * row);
       }
     }
-    x += sum;
-    sum = 0;
-    uint64_t piece = 0;
-    const auto add_matrix = [&](const T* data, int64_t rows, int64_t columns) {
-      const Part mine(rows, rank, threads);
-      for (int64_t r = mine.begin; r < mine.end; ++r) sum += hash(data + r * columns, columns * sizeof(T), piece + r);
-      piece += rows;
-    };
-    const int64_t rows = spec.info().gates * spec.H;
-    for (int64_t i = 0; i < spec.count(); ++i) {
-      add_matrix(w[i].w_ih, rows, spec.input_size(i / spec.D));
-      add_matrix(w[i].w_hh, rows, spec.H);
-      if (spec.bias) add_matrix(w[i].b_ih, 1, rows), add_matrix(w[i].b_hh, 1, rows);
-    }
-    weights += sum;
+    x_.fetch_add(sum, std::memory_order_relaxed);
   }
+  // Columns [begin, end) of a matrix's rows of block b, in all gates: layer and direction i, w_ih or w_hh.
+  void add_rows(const T* w, int64_t i, bool recurrent, int64_t b, int64_t begin, int64_t end) {
+    const int64_t lanes = kernels<T>().lanes, H = spec_.H, columns = recurrent ? H : spec_.input_size(i / spec_.D);
+    end = std::min(end, columns);
+    if (begin >= end) return;
+    uint64_t sum = 0;
+    for (int gate = 0; gate < spec_.info().gates; ++gate)
+      for (int64_t r = gate * H + b * lanes; r < gate * H + std::min(H, (b + 1) * lanes); ++r)
+        sum += hash_(w + r * columns + begin, (end - begin) * sizeof(T),
+                     place(i, recurrent ? 1 : 0) + r * words(columns) + begin * sizeof(T) / 8);
+    weights_.fetch_add(sum, std::memory_order_relaxed);
+  }
+  void add_biases(const StackWeights<const T>& weights) {
+    if (!spec_.bias) return;
+    const int64_t bytes = spec_.info().gates * spec_.H * sizeof(T);
+    uint64_t sum = 0;
+    for (int64_t i = 0; i < spec_.count(); ++i)
+      sum += hash_(weights[i].b_ih, bytes, place(i, 2)) + hash_(weights[i].b_hh, bytes, place(i, 3));
+    weights_.fetch_add(sum, std::memory_order_relaxed);
+  }
+  uint64_t x() const { return x_; }
+  uint64_t weights() const { return weights_; }
+
+ private:
+  static int64_t words(int64_t n) { return ceil_div(n * int64_t(sizeof(T)), 8); }
+  static uint64_t place(int64_t i, int array) { return uint64_t(4 * i + array) << 40; }  // where an array's words start
+  const Spec spec_;
+  const decltype(Kernels<T>::hash) hash_ = kernels<T>().hash;
+  std::atomic<uint64_t> x_{0}, weights_{0};
 };
 
 }  // namespace
@@ -284,36 +307,40 @@ Panels<T>::Panels(const Spec& spec) : spec_(spec), layers_(spec.count()) {
 
 template <class T>
 Panels<T>::Panels(const Spec& spec, const StackWeights<const T>& weights) : Panels(spec) {
-  pack(weights, 0, 1);
+  each_block(spec, kernels<T>().lanes, 0, 1, [&](int64_t i, int64_t b) {
+    pack_input(weights[i], i, b);
+    pack_recurrent(weights[i], i, b);
+  });
 }
 
 template <class T>
-void Panels<T>::pack(const StackWeights<const T>& weights, int rank, int threads) {
+void Panels<T>::pack_input(const Weights<const T>& w, int64_t i, int64_t b) {
   const CellInfo& cell = spec_.info();
   const Kernels<T>& k = kernels<T>();
-  const int64_t H = spec_.H, lanes = k.lanes, blocks = ceil_div(H, lanes);
-  const Part part(blocks, rank, threads);
-  for (int64_t i = 0; i < spec_.count(); ++i) {
-    const Weights<const T>& w = weights[i];
-    const Layer& to = layers_[i];
-    k.pack_gates(w.w_ih, H, spec_.input_size(i / spec_.D), cell.slot_gate + cell.input.first, cell.input.count,
-                 part.begin, part.end, to.w_ih, to.ih_block);
-    for (int p = 0; p < cell.phases; ++p)
-      k.pack_gates(w.w_hh, H, H, cell.slot_gate + cell.recurrent[p].first, cell.recurrent[p].count, part.begin,
-                   part.end, to.w_hh[p], to.hh_block[p]);
-    auto fed = [](Span span, int slot) { return slot >= span.first && slot < span.first + span.count; };
-    for (int64_t b = part.begin; b < part.end; ++b)
-      for (int s = 0; s < cell.slots; ++s)
-        for (int64_t u = b * lanes; u < (b + 1) * lanes; ++u) {
-          T value = 0;
-          if (spec_.bias && u < H) {
-            if (fed(cell.input, s)) value += w.b_ih[cell.slot_gate[s] * H + u];
-            for (int p = 0; p < cell.phases; ++p)
-              if (fed(cell.recurrent[p], s)) value += w.b_hh[cell.slot_gate[s] * H + u];
-          }
-          to.bias[(b * cell.slots + s) * lanes + u - b * lanes] = value;
-        }
-  }
+  const int64_t H = spec_.H, lanes = k.lanes;
+  const Layer& to = layers_[i];
+  k.pack_gates(w.w_ih, H, spec_.input_size(i / spec_.D), cell.slot_gate + cell.input.first, cell.input.count, b, b + 1,
+               to.w_ih, to.ih_block);
+  auto fed = [](Span span, int slot) { return slot >= span.first && slot < span.first + span.count; };
+  for (int s = 0; s < cell.slots; ++s)
+    for (int64_t u = b * lanes; u < (b + 1) * lanes; ++u) {
+      T value = 0;
+      if (spec_.bias && u < H) {
+        if (fed(cell.input, s)) value += w.b_ih[cell.slot_gate[s] * H + u];
+        for (int p = 0; p < cell.phases; ++p)
+          if (fed(cell.recurrent[p], s)) value += w.b_hh[cell.slot_gate[s] * H + u];
+      }
+      to.bias[(b * cell.slots + s) * lanes + u - b * lanes] = value;
+    }
+}
+
+template <class T>
+void Panels<T>::pack_recurrent(const Weights<const T>& w, int64_t i, int64_t b) {
+  const CellInfo& cell = spec_.info();
+  const Layer& to = layers_[i];
+  for (int p = 0; p < cell.phases; ++p)
+    kernels<T>().pack_gates(w.w_hh, spec_.H, spec_.H, cell.slot_gate + cell.recurrent[p].first, cell.recurrent[p].count, b,
+                            b + 1, to.w_hh[p], to.hh_block[p]);
 }
 
 template <class T>
@@ -335,11 +362,15 @@ void run_forward(const StackForward<T>& call, Tape<T>* tape) {
   const Spec& spec = call.spec;
   const int64_t T_ = call.T_, B = call.B, H = spec.H, width = spec.D * H, lanes = kernels<T>().lanes;
   const CellInfo& cell = spec.info();
-  Checksums sums;
+  Checksums<T> sums(spec);
   if (B == 0) {
     if (tape) {
-      sums.add(spec, call.weights, call.x, tape->order, 0, 1);
-      tape->x_sum = sums.x, tape->weights_sum = sums.weights;
+      each_block(spec, lanes, 0, 1, [&](int64_t i, int64_t b) {
+        sums.add_rows(call.weights[i].w_ih, i, false, b, 0, spec.input_size(i / spec.D));
+        sums.add_rows(call.weights[i].w_hh, i, true, b, 0, H);
+      });
+      sums.add_biases(call.weights);
+      tape->x_sum = sums.x(), tape->weights_sum = sums.weights();
     }
     return;
   }
@@ -415,8 +446,16 @@ void run_forward(const StackForward<T>& call, Tape<T>* tape) {
   }
 
   crew.run([&](int rank) {
-    if (own_panels) own_panels->pack(call.weights, rank, crew.threads());
-    if (tape) sums.add(spec, call.weights, call.x, order, rank, crew.threads());
+    if (own_panels)
+      each_block(spec, lanes, rank, crew.threads(), [&](int64_t i, int64_t b) {
+        const Weights<const T>& w = call.weights[i];
+        if (tape) sums.add_rows(w.w_ih, i, false, b, 0, spec.input_size(i / spec.D));
+        own_panels->pack_input(w, i, b);
+        if (tape) sums.add_rows(w.w_hh, i, true, b, 0, H);
+        own_panels->pack_recurrent(w, i, b);
+      });
+    if (tape) sums.add_x(call.x, order, rank, crew.threads());
+    if (tape && rank == 0) sums.add_biases(call.weights);
     crew.wait(rank);
     Trace trace("forward", rank);
     if (crew.flows()) {
@@ -438,7 +477,7 @@ void run_forward(const StackForward<T>& call, Tape<T>* tape) {
       trace.layer<T>(spec, l, T_, B, crew);
     }
   });
-  if (tape) tape->x_sum = sums.x, tape->weights_sum = sums.weights;
+  if (tape) tape->x_sum = sums.x(), tape->weights_sum = sums.weights();
   if (call.lengths) clear_padding(call.y, width, order, T_);
 }
 
@@ -458,21 +497,6 @@ void run_backward(const StackBackward<T>& call) {
   Crew crew(
       spec, [&](int64_t l, int threads) { return backward_plan(sizes[l], this_machine(), threads); },
       [&](int threads) { return drops ? Wave{} : backward_wave(sizes, this_machine(), threads); });
-  Checksums now;
-  crew.run([&](int rank) { now.add(spec, call.weights, call.x, order, rank, crew.threads()); });
-  if (now.x != tape.x_sum)
-    throw std::runtime_error("x was changed after the forward pass, so its gradients would be wrong");
-  if (now.weights != tape.weights_sum)
-    throw std::runtime_error("the parameters were changed after the forward pass, so their gradients would be wrong");
-  if (wants_weights && !call.adds && order.rows() == 0)
-    for (int64_t i = 0; i < spec.count(); ++i) {
-      const Weights<T>& g = call.dweights[i];
-      std::fill_n(g.w_ih, cell.gates * H * spec.input_size(i / spec.D), T(0));
-      std::fill_n(g.w_hh, cell.gates * H * H, T(0));
-      if (spec.bias) std::fill_n(g.b_ih, cell.gates * H, T(0)), std::fill_n(g.b_hh, cell.gates * H, T(0));
-    }
-  if (B == 0) return;
-
   // Workspace: a set for each direction or layer of those that run at the same time.
   struct Work {
     T *gates, *carry[max_states], *x_panel, *h_panel[max_phases], *sum_w_ih, *sum_w_hh, *sum_b;
@@ -522,6 +546,45 @@ void run_backward(const StackBackward<T>& call) {
   if (drops) arena.want(&masked, {T_, B, width});
   if (crew.split()) arena.want(&second, {T_, B, widest});
   arena.allocate();
+
+  Checksums<T> now(spec);
+  crew.run([&](int rank) {
+    const int threads = crew.threads();
+    for (int64_t i = 0; i < spec.count(); ++i) {
+      const Weights<const T>& w = call.weights[i];
+      const Transposed& t = transposed[i];
+      const int64_t I = spec.input_size(i / spec.D);
+      // Each thread packs the columns that it will be the one to read, or reads whole rows where no cache keeps its part.
+      const bool by_rows = cell.gates * H * (I + H) * int64_t(sizeof(T)) > threads * this_machine().l2_bytes;
+      const auto columns = [&](int64_t n) { return Part(ceil_div(n, lanes), by_rows ? 0 : rank, by_rows ? 1 : threads); };
+      const Part rows(blocks, by_rows ? rank : 0, by_rows ? threads : 1), inputs = columns(I), units = columns(H);
+      for (int64_t b = rows.begin; b < rows.end; ++b) {
+        now.add_rows(w.w_ih, i, false, b, inputs.begin * lanes, inputs.end * lanes);
+        if (t.w_ih)
+          k.pack_transposed(w.w_ih, H, I, cell.slot_gate + cell.input.first, cell.input.count, b, inputs.begin, inputs.end,
+                            t.w_ih, t.ih_block);
+        now.add_rows(w.w_hh, i, true, b, units.begin * lanes, units.end * lanes);
+        for (int p = 0; p < cell.phases; ++p)
+          k.pack_transposed(w.w_hh, H, H, cell.slot_gate + cell.recurrent[p].first, cell.recurrent[p].count, b, units.begin,
+                            units.end, t.w_hh[p], t.hh_block[p]);
+      }
+    }
+    if (rank == 0) now.add_biases(call.weights);
+    now.add_x(call.x, order, rank, threads);
+  });
+  if (now.x() != tape.x_sum)
+    throw std::runtime_error("x was changed after the forward pass, so its gradients would be wrong");
+  if (now.weights() != tape.weights_sum)
+    throw std::runtime_error("the parameters were changed after the forward pass, so their gradients would be wrong");
+  if (wants_weights && !call.adds && order.rows() == 0)
+    for (int64_t i = 0; i < spec.count(); ++i) {
+      const Weights<T>& g = call.dweights[i];
+      std::fill_n(g.w_ih, cell.gates * H * spec.input_size(i / spec.D), T(0));
+      std::fill_n(g.w_hh, cell.gates * H * H, T(0));
+      if (spec.bias) std::fill_n(g.b_ih, cell.gates * H, T(0)), std::fill_n(g.b_hh, cell.gates * H, T(0));
+    }
+  if (B == 0) return;
+
   std::fill_n(zeros, std::max(H, lanes) + lanes, T(0));
   if (call.dx.data && !call.adds) clear_padding(call.dx, spec.I, order, T_);
 
@@ -574,21 +637,6 @@ void run_backward(const StackBackward<T>& call) {
 
   crew.run([&](int rank) {
     const int threads = crew.threads();
-    for (int64_t i = 0; i < spec.count(); ++i) {
-      const Weights<const T>& w = call.weights[i];
-      const Transposed& t = transposed[i];
-      const int64_t I = spec.input_size(i / spec.D);
-      if (t.w_ih) {
-        Part part(ceil_div(I, lanes), rank, threads);
-        k.pack_transposed(w.w_ih, H, I, cell.slot_gate + cell.input.first, cell.input.count, part.begin, part.end,
-                          t.w_ih, t.ih_block);
-      }
-      Part part(blocks, rank, threads);
-      for (int p = 0; p < cell.phases; ++p)
-        k.pack_transposed(w.w_hh, H, H, cell.slot_gate + cell.recurrent[p].first, cell.recurrent[p].count, part.begin,
-                          part.end, t.w_hh[p], t.hh_block[p]);
-    }
-    crew.wait(rank);
     Trace trace("backward", rank);
     if (crew.flows()) {
       crew.flow(rank, steps, false, [&](int l, const Team& team, int64_t begin, int64_t end) {

@@ -39,7 +39,8 @@ class Panels {
  public:
   Panels(const Spec& spec, const StackWeights<const T>& weights);  // all of it, on this thread
   explicit Panels(const Spec& spec);                                // room only
-  void pack(const StackWeights<const T>& weights, int rank, int threads);
+  void pack_input(const Weights<const T>& w, int64_t i, int64_t b);  // block b of layer and direction i, and its biases
+  void pack_recurrent(const Weights<const T>& w, int64_t i, int64_t b);
   struct Layer {
     T *w_ih, *w_hh[max_phases], *bias;
     int64_t ih_block, hh_block[max_phases];

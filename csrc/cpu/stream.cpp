@@ -63,7 +63,7 @@ Stream<T>::Stream(const Spec& spec, std::shared_ptr<const Panels<T>> panels, int
   }
   all_ = std::make_unique<Barrier>();
   for (Level& level : levels_) level.barriers = std::make_unique<Barrier[]>(1 + most_threads_);
-  plan_for(1);
+  for (int n = most_threads_; n >= 1; --n) plan_for(n);  // room in the barriers for every number
   reset();
 }
 

@@ -247,27 +247,23 @@ thread_local int thread_threads = 0;
 
 void Barrier::reset(int members, bool yields) {
   members_ = members, yields_ = yields;
-  group_size_ = (members + groups(members) - 1) / groups(members);
-  groups_ = (members + group_size_ - 1) / group_size_;
-}
-
-inline bool Barrier::Counter::completed_by_next(uint32_t of) {
-  if (arrived.fetch_add(1, std::memory_order_acq_rel) + 1 < of) return false;
-  arrived.store(0, std::memory_order_relaxed);
-  return true;
+  if (members > room_ && members > 1) seats_ = std::make_unique<Seat[]>(members), room_ = members;
+  for (int i = 0; i < room_; ++i) {
+    seats_[i].waits = 0;
+    for (auto& round : seats_[i].told) round.store(0, std::memory_order_relaxed);
+  }
 }
 
 void Barrier::wait(int rank) {
-  const uint32_t round = round_.load(std::memory_order_relaxed);
-  bool last = true;
-  if (groups_ > 1) {
-    const int group = rank / group_size_;
-    last = group_[group].completed_by_next(std::min(group_size_, members_ - group * group_size_));
+  if (members_ == 1) return;
+  Seat& own = seats_[rank];
+  const uint32_t now = ++own.waits;
+  for (int k = 0, distance = 1; distance < members_; ++k, distance *= 2) {
+    const int next = rank + distance < members_ ? rank + distance : rank + distance - members_;
+    seats_[next].told[k].store(now, std::memory_order_release);
+    // Who told us may have gone on to the next barrier already, and told us of that.
+    spin_until(yields_, [&] { return int32_t(own.told[k].load(std::memory_order_acquire) - now) >= 0; });
   }
-  if (last && all_.completed_by_next(groups_ > 1 ? groups_ : members_))
-    round_.store(round + 1, std::memory_order_release);
-  else
-    spin_until(yields_, [&] { return round_.load(std::memory_order_acquire) != round; });
 }
 
 void Progress::wait_for(int64_t count) {

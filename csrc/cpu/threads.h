@@ -8,29 +8,34 @@
 #include <atomic>
 #include <chrono>
 #include <functional>
+#include <memory>
 
 namespace fusedrnn {
 
 constexpr std::chrono::microseconds spin_window{200};  // how long a worker waits awake for the next call
 
-// Meeting point of `members` threads with the ranks 0, 1, .., used again and again. Threads that count up one number take
-// turns at its line, so many of them count by groups first.
-class alignas(64) Barrier {
+// Meeting point of `members` threads with the ranks 0, 1, .., used again and again: a dissemination barrier (Hensgen,
+// Finkel and Manber, 1988). In round k a member tells the one 2^k ranks on that it has come, and waits for word from the
+// one 2^k ranks before, so that a line passes between two cores once a round, and two members need one round.
+class Barrier {
  public:
-  static constexpr int most_groups = 8;
-  static int groups(int members) { return members <= most_groups ? 1 : most_groups; }
+  static int rounds(int members) {
+    int n = 0;
+    while ((1 << n) < members) ++n;
+    return n;
+  }
 
   void reset(int members, bool yields);
   void wait(int rank);
 
  private:
-  struct alignas(64) Counter {
-    std::atomic<uint32_t> arrived{0};
-    bool completed_by_next(uint32_t of);  // and then it starts again
+  static constexpr int most_rounds = 10;  // 1024 members
+  struct alignas(64) Seat {               // of one member: what others have told it, and how often it has waited
+    std::atomic<uint32_t> told[most_rounds] = {};
+    uint32_t waits = 0;
   };
-  Counter group_[most_groups], all_;
-  alignas(64) std::atomic<uint32_t> round_{0};
-  int members_ = 1, groups_ = 1, group_size_ = 1;
+  std::unique_ptr<Seat[]> seats_;
+  int members_ = 1, room_ = 0;
   bool yields_ = false;
 };
 
