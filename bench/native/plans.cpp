@@ -2,7 +2,7 @@
 //
 //     cmake --preset release -B build -DFUSEDRNN_BENCH=ON && cmake --build build --target plans && build/plans
 //
-// Arguments: numbers of cores (default: 2 8 16 32 64). float32, 16 lanes, 1 MiB of L2 a core.
+// Arguments: numbers of cores (default: 2 8 16 32 64). float32, 16 lanes, 1 MiB of L2 a core, 32 MiB of L3.
 #include <cstdio>
 #include <cstdlib>
 #include <vector>
@@ -13,7 +13,7 @@ using namespace fusedrnn;
 
 namespace {
 
-const Machine machine{1 << 20};
+const Machine machine{1 << 20, 32 << 20};
 
 LayerSize layer(const CellInfo& cell, int64_t B, int64_t T, int64_t I, int64_t H) { return {T, B, I, H, &cell, 16, 4}; }
 

@@ -99,10 +99,58 @@ void tile_kernel(const Tile<T>& t) {
     for (int v = 0; v < NV; ++v) acc[r][v].store(t.cout[r] + v / NG * t.cout_block + v % NG * V::lanes);
 }
 
+// A step's two products in one tile: C[r][block] = bias + x W_ih, then + h W_hh, without a way through memory between. A
+// block has all of the cell's slots in C, of which a product feeds some.
+template <class T>
+struct StepTile {
+  const T *x[8], *h[8];        // MR rows each, I and H long
+  T* out[8];                   // MR rows of NB blocks, neighbours
+  const T *bias, *w_ih, *w_hh; // of the first block
+  int64_t I, H;
+  ptrdiff_t ih_block, hh_block;
+};
+
+template <class T, class Cell, int MR, int NB>
+void step_kernel(const StepTile<T>& t) {
+  using V = Vec<T>;
+  constexpr Span input = Cell::input, span = Cell::recurrent[0];
+  constexpr int NV = Cell::slots * NB;
+  V acc[MR][NV];
+  const T *x[MR], *h[MR];
+#pragma GCC unroll 8
+  for (int r = 0; r < MR; ++r) {
+    x[r] = t.x[r], h[r] = t.h[r];
+#pragma GCC unroll 8
+    for (int v = 0; v < NV; ++v) acc[r][v] = V::load(t.bias + v * V::lanes);
+  }
+  multiply<T, MR, input.count, NB, Cell::slots, input.first>(acc, x, 0, 1, t.I, t.w_ih, t.ih_block);
+  multiply<T, MR, span.count, NB, Cell::slots, span.first>(acc, h, 0, 1, t.H, t.w_hh, t.hh_block);
+#pragma GCC unroll 8
+  for (int r = 0; r < MR; ++r)
+#pragma GCC unroll 8
+    for (int v = 0; v < NV; ++v) acc[r][v].store(t.out[r] + v * V::lanes);
+}
+
+// The two families of kernels: what they are given, how many vectors a block has in C, and the one for MR rows, NB blocks.
 template <class T, int NG>
+struct Products {
+  using Args = Tile<T>;
+  static constexpr int vectors = NG;
+  template <int MR, int NB>
+  static constexpr auto kernel() { return tile_kernel<T, MR, NG, NB>; }
+};
+template <class T, class Cell>
+struct Steps {
+  using Args = StepTile<T>;
+  static constexpr int vectors = Cell::slots;
+  template <int MR, int NB>
+  static constexpr auto kernel() { return step_kernel<T, Cell, MR, NB>; }
+};
+
+template <class Family>
 struct TileTable {
-  using Kernel = void (*)(const Tile<T>&);
-  static constexpr int max_blocks = tile_max_vectors / NG;
+  using Kernel = void (*)(const typename Family::Args&);
+  static constexpr int max_blocks = tile_max_vectors / Family::vectors;
   Kernel kernel[max_blocks + 1][9];
   constexpr TileTable() : kernel{} { fill<1>(); }
 
@@ -114,14 +162,14 @@ struct TileTable {
   }
   template <int NB, int MR>
   constexpr void fill_rows() {
-    kernel[NB][MR] = tile_kernel<T, MR, NG, NB>;
-    if constexpr (MR < tile_max_rows(NG * NB)) fill_rows<NB, MR + 1>();
+    kernel[NB][MR] = Family::template kernel<MR, NB>();
+    if constexpr (MR < tile_max_rows(Family::vectors * NB)) fill_rows<NB, MR + 1>();
   }
 };
 
-template <class T, int NG>
-FUSEDRNN_INLINE void run_tile(int rows, int blocks, const Tile<T>& t) {
-  static constexpr TileTable<T, NG> table;
+template <class Family>
+FUSEDRNN_INLINE void run_tile(int rows, int blocks, const typename Family::Args& t) {
+  static constexpr TileTable<Family> table;
   table.kernel[blocks][rows](t);
 }
 
@@ -131,13 +179,12 @@ struct Cut {
   FUSEDRNN_INLINE int64_t begin(int64_t i) const { return i * n / pieces; }
 };
 
-// The tiles of a product of `rows` rows and `blocks` blocks: even pieces, none smaller than need be.
-template <class T, int NG>
+// The tiles of a product of `rows` rows and `blocks` blocks of NG vectors: even pieces, none smaller than need be.
 struct Tiling {
   Cut row, block;
-  FUSEDRNN_INLINE Tiling(int64_t rows, int64_t blocks) {
+  FUSEDRNN_INLINE Tiling(int64_t rows, int64_t blocks, int NG) {
     // Four vectors a tile, or eight when the rows are too few to hide the latency of fma with four.
-    constexpr int base = NG > 2 ? 1 : 4 / NG, wide = tile_max_vectors / NG;
+    const int base = NG > 2 ? 1 : 4 / NG, wide = tile_max_vectors / NG;
     int64_t nb = rows <= tile_max_rows(NG * wide) ? wide : base;
     row = {rows, ceil_div(rows, tile_max_rows(NG * int(nb)))};
     block = {blocks, ceil_div(blocks, nb)};

@@ -126,7 +126,7 @@ struct Forward {
   void input_product(int64_t c, int64_t end, int64_t first, int64_t last) const {
     int64_t rows = 0;
     for (int64_t s = c; s < end; ++s) rows += running(s);
-    const Tiling<T, Cell::input.count> tiling(rows, last - first);
+    const Tiling tiling(rows, last - first, Cell::input.count);
     Tile<T> t;
     t.k = a.I, t.segments = 1, t.a_stride = 1, t.a_segment = 0;
     t.b_block = a.ih_block, t.cin_block = t.cout_block = slots;
@@ -147,7 +147,7 @@ struct Forward {
               if (v < Cell::input.first || v >= Cell::input.first + Cell::input.count)
                 V::load(a.bias + b * slots + v * L).store(row + (b - b0) * slots + v * L);
         }
-        run_tile<T, Cell::input.count>(n, int(b1 - b0), t);
+        run_tile<Products<T, Cell::input.count>>(n, int(b1 - b0), t);
       }
     }
   }
@@ -163,40 +163,52 @@ struct Forward {
   }
 
   // slots += W_hh operand, then the cell, tile by tile while the slots are in the first cache level. In a chunk of one
-  // step the input product comes just before, so that both panels of a block are met together.
+  // step the tile makes the input product too, and the slots of a cell of one phase are needed nowhere else.
   template <int p>
   void phase(int64_t s, int64_t c, bool with_input) const {
     constexpr Span span = Cell::recurrent[p];
+    constexpr bool keeps_slots = Cell::phases > 1;
     const int64_t all = running(s);
     if (all == 0) return;
-    Tiling<T, span.count> tiling(all, blocks);
+    const Tiling tiling(all, blocks, with_input ? Cell::slots : span.count);
+    alignas(64) T scratch[tile_accumulators * L];
     Tile<T> t;
     t.k = a.H, t.segments = 1, t.a_stride = 1, t.a_segment = 0;
     t.b_block = a.hh_block[p], t.cin_block = t.cout_block = slots;
+    StepTile<T> both;
+    both.I = a.I, both.H = a.H, both.ih_block = a.ih_block, both.hh_block = a.hh_block[p];
     for (int64_t n = 0; n < tiling.block.pieces; ++n) {
       const int64_t g = there_and_back(n, tiling.block.pieces, s + a.turn);
       int64_t b0 = share.b0 + tiling.block.begin(g), b1 = share.b0 + tiling.block.begin(g + 1);
-      if (with_input) input_product(s, s + 1, b0, b1);
-      t.b = a.w_hh[p] + b0 * a.hh_block[p];
+      t.b = both.w_hh = a.w_hh[p] + b0 * a.hh_block[p];
+      both.w_ih = a.w_ih + b0 * a.ih_block, both.bias = a.bias + b0 * slots;
       for (int64_t i = 0; i < tiling.row.pieces; ++i) {
         const int64_t i0 = tiling.row.begin(i);
         const int rows = int(tiling.row.begin(i + 1) - i0);
+        const auto slots_of = [&](int r) {
+          return with_input && !keeps_slots ? scratch + r * (b1 - b0) * slots : slots_at(s, c, i0 + r) + (b0 - share.b0) * slots;
+        };
         if (n == 0 && share.barrier && i + 1 < tiling.row.pieces)  // the next rows, half of them from another core
           for (int64_t next = i0 + rows; next < tiling.row.begin(i + 2); ++next)
             prefetch<false>(p == 0 ? h_prev(s, share.row(next)) : operand(s, share.row(next)), a.H);
         for (int r = 0; r < rows; ++r) {
           const int64_t j = share.row(i0 + r);
-          t.a[r] = p == 0 ? h_prev(s, j) : operand(s, j);
-          t.cin[r] = t.cout[r] = slots_at(s, c, i0 + r) + (b0 - share.b0) * slots + span.first * L;
+          t.a[r] = both.h[r] = p == 0 ? h_prev(s, j) : operand(s, j);
+          both.out[r] = slots_of(r);
+          t.cin[r] = t.cout[r] = both.out[r] + span.first * L;
+          if (with_input) both.x[r] = a.x.at(s, j);
           if (p + 1 == Cell::phases) {
             prefetch<true>(a.y.at(s, j) + b0 * L, (b1 - b0) * L);
             if (a.copy.base) prefetch<true>(a.copy.at(s, j) + b0 * L, (b1 - b0) * L);
             if (a.training) prefetch<true>(saved(s, j, b0), (b1 - b0) * L * Cell::saved);
           }
         }
-        run_tile<T, span.count>(rows, int(b1 - b0), t);
+        if (p == 0 && with_input)
+          run_tile<Steps<T, Cell>>(rows, int(b1 - b0), both);
+        else
+          run_tile<Products<T, span.count>>(rows, int(b1 - b0), t);
         for (int r = 0; r < rows; ++r) {
-          T* row = slots_at(s, c, i0 + r) + (b0 - share.b0) * slots;
+          T* row = slots_of(r);
           const int64_t j = share.row(i0 + r);
           for (int64_t b = b0; b < b1; ++b, row += slots) {
             int width = block_width<T>(a.H, b);
@@ -423,7 +435,7 @@ struct Backward {
           t.cout[r] = batch.result(r0 + r);
           t.cin[r] = first == 0 ? batch.cin[r0 + r] : t.cout[r];
         }
-        run_tile<T, 1>(rows, batch.vectors, t);
+        run_tile<Products<T, 1>>(rows, batch.vectors, t);
       }
     }
     t.cin_block = cin_block;
@@ -446,7 +458,7 @@ struct Backward {
     for (int part = 0; part < 2; ++part) {
       const int64_t part0 = part == 0 ? 0 : fed, rows = (part == 0 ? fed : ends) - part0;
       if (rows <= 0) continue;
-      const Tiling<T, 1> tiling(rows, share.b1 - share.b0);
+      const Tiling tiling(rows, share.b1 - share.b0, 1);
       for (int64_t k = 0; k < tiling.block.pieces; ++k) {
         const int64_t g = there_and_back(k, tiling.block.pieces, s);
         const int64_t b0 = share.b0 + tiling.block.begin(g), b1 = share.b0 + tiling.block.begin(g + 1);
@@ -598,7 +610,7 @@ struct Backward {
               for (int64_t v = 0; v < width; ++v) t.cout[r][v] = to[r * N + v];
           }
           t.cin_block = starts ? 0 : L, t.cout_block = L;
-          run_tile<T, 1>(n, int(vectors), t);
+          run_tile<Products<T, 1>>(n, int(vectors), t);
           if (!whole)
             for (int r = 0; r < n; ++r)
               for (int64_t v = 0; v < width; ++v) to[r * N + v] = t.cout[r][v];
@@ -646,7 +658,7 @@ struct Backward {
     int64_t rows = 0;
     for (int64_t s = lo; s <= hi; ++s) rows += forward.running(s);
     if (rows == 0) return;
-    const Tiling<T, 1> tiling(rows, ceil_div(f.I, L));
+    const Tiling tiling(rows, ceil_div(f.I, L), 1);
     const Cut mine{tiling.block.pieces, team.plan.unit_threads};
         Batch batch;
     Tile<T> t;

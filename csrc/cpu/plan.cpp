@@ -109,33 +109,33 @@ Wave wave(const std::vector<LayerSize>& layers, const Machine& machine, int thre
   return override_values.teams == 1 ? Wave{} : best;
 }
 
-long cache_bytes(int name, long otherwise) {
+int64_t cache_bytes([[maybe_unused]] int level, int64_t otherwise) {
 #if defined(_SC_LEVEL2_CACHE_SIZE)
-  long bytes = sysconf(name);
+  const long bytes = sysconf(level == 2 ? _SC_LEVEL2_CACHE_SIZE : _SC_LEVEL3_CACHE_SIZE);
   if (bytes > 0) return bytes;
 #endif
-  (void)name;
   return otherwise;
 }
 
 }  // namespace
 
 Machine this_machine() {
-#if defined(_SC_LEVEL2_CACHE_SIZE)
-  static const Machine machine{cache_bytes(_SC_LEVEL2_CACHE_SIZE, 1 << 20)};
-#else
-  static const Machine machine{cache_bytes(0, 1 << 20)};
-#endif
+  static const Machine machine{cache_bytes(2, 1 << 20), cache_bytes(3, 32 << 20)};
   return machine;
 }
 
 Plan forward_plan(const LayerSize& size, const Machine& machine, int threads, bool several) {
   Plan plan = cut(size, machine, threads, several, true);
-  // A chunk's pre-activations take at most a quarter of the second cache level; longer chunks read W_ih less often.
+  // A chunk's pre-activations take at most a quarter of the second cache level; longer chunks read W_ih less often. With
+  // enough rows for a tile the input product is made along with the recurrent one instead, in chunks of one step: reading
+  // W_ih at each step is then hidden behind the arithmetic, if it need not come from memory.
   const int64_t rows = ceil_div(size.B, plan.row_threads);
   const int64_t row_bytes =
       ceil_div(ceil_div(size.H, size.lanes), plan.unit_threads) * size.lanes * size.cell->slots * size.element_bytes;
-  plan.chunk_steps = machine.l2_bytes / 4 / std::max<int64_t>(1, rows * row_bytes);
+  const int64_t weights = size.cell->gates * size.H * (size.I + size.H) * size.element_bytes;
+  plan.chunk_steps = rows >= 32 || (rows >= 4 && weights <= machine.l3_bytes / 2)
+                         ? 1
+                         : machine.l2_bytes / 4 / std::max<int64_t>(1, rows * row_bytes);
   if (override_values.chunk_steps > 0) plan.chunk_steps = override_values.chunk_steps;
   plan.chunk_steps = std::max<int64_t>(1, std::min(plan.chunk_steps, size.T));
   return plan;

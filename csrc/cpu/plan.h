@@ -11,6 +11,7 @@ namespace fusedrnn {
 
 struct Machine {
   int64_t l2_bytes;  // of one core
+  int64_t l3_bytes;  // of the cores that share it
 };
 Machine this_machine();
 
