@@ -41,6 +41,7 @@ struct Plan {
   int row_threads = 1;      // the batch is split so many ways, which needs no barrier
   int unit_threads = 1;     // the hidden units are split so many ways, with a barrier after each phase of a step
   int64_t chunk_steps = 1;  // time steps whose input product is computed at once
+  bool fused = false;       // in chunks of one step a tile makes both products
   int64_t chunk_rows = 1;   // rows of backward whose weight gradients are computed at once (at least one step's)
   double estimated_us = 0;  // what the cost model expects of the layer; for FUSEDRNN_TRACE
   int threads() const { return row_threads * unit_threads; }

@@ -105,7 +105,7 @@ struct Forward {
     for (int64_t c = begin; c < end; c += team.plan.chunk_steps) {
       const int64_t next = smallest(c + team.plan.chunk_steps, end);
       if (next - c > 1) input_product(c, next, share.b0, share.b1);
-      for (int64_t s = c; s < next; ++s) phases<0>(s, c, next - c == 1);
+      for (int64_t s = c; s < next; ++s) phases<0>(s, c, next - c == 1, team.plan.fused);
     }
   }
 
@@ -153,24 +153,25 @@ struct Forward {
   }
 
   template <int p>
-  FUSEDRNN_INLINE void phases(int64_t s, int64_t c, bool with_input) const {
+  FUSEDRNN_INLINE void phases(int64_t s, int64_t c, bool with_input, bool fused) const {
     if (running(s) == 1)
       one_row<p>(s, c, p == 0 && with_input);
     else
-      phase<p>(s, c, p == 0 && with_input);
+      phase<p>(s, c, p == 0 && with_input, p == 0 && with_input && fused);
     if (p + 1 < Cell::phases || s + 1 < a.schedule.steps) share.wait();  // whoever called waits for the last
-    if constexpr (p + 1 < Cell::phases) phases<p + 1>(s, c, with_input);
+    if constexpr (p + 1 < Cell::phases) phases<p + 1>(s, c, with_input, fused);
   }
 
   // slots += W_hh operand, then the cell, tile by tile while the slots are in the first cache level. In a chunk of one
-  // step the tile makes the input product too, and the slots of a cell of one phase are needed nowhere else.
+  // step the input product comes just before: in the same tile, or before the tiles of a block, which reads one panel after
+  // the other. A fused tile's slots are needed nowhere else, if the cell has one phase.
   template <int p>
-  void phase(int64_t s, int64_t c, bool with_input) const {
+  void phase(int64_t s, int64_t c, bool with_input, bool fused) const {
     constexpr Span span = Cell::recurrent[p];
     constexpr bool keeps_slots = Cell::phases > 1;
     const int64_t all = running(s);
     if (all == 0) return;
-    const Tiling tiling(all, blocks, with_input ? Cell::slots : span.count);
+    const Tiling tiling(all, blocks, fused ? Cell::slots : span.count);
     alignas(64) T scratch[tile_accumulators * L];
     Tile<T> t;
     t.k = a.H, t.segments = 1, t.a_stride = 1, t.a_segment = 0;
@@ -180,13 +181,14 @@ struct Forward {
     for (int64_t n = 0; n < tiling.block.pieces; ++n) {
       const int64_t g = there_and_back(n, tiling.block.pieces, s + a.turn);
       int64_t b0 = share.b0 + tiling.block.begin(g), b1 = share.b0 + tiling.block.begin(g + 1);
+      if (with_input && !fused) input_product(s, s + 1, b0, b1);
       t.b = both.w_hh = a.w_hh[p] + b0 * a.hh_block[p];
       both.w_ih = a.w_ih + b0 * a.ih_block, both.bias = a.bias + b0 * slots;
       for (int64_t i = 0; i < tiling.row.pieces; ++i) {
         const int64_t i0 = tiling.row.begin(i);
         const int rows = int(tiling.row.begin(i + 1) - i0);
         const auto slots_of = [&](int r) {
-          return with_input && !keeps_slots ? scratch + r * (b1 - b0) * slots : slots_at(s, c, i0 + r) + (b0 - share.b0) * slots;
+          return fused && !keeps_slots ? scratch + r * (b1 - b0) * slots : slots_at(s, c, i0 + r) + (b0 - share.b0) * slots;
         };
         if (n == 0 && share.barrier && i + 1 < tiling.row.pieces)  // the next rows, half of them from another core
           for (int64_t next = i0 + rows; next < tiling.row.begin(i + 2); ++next)
@@ -196,14 +198,14 @@ struct Forward {
           t.a[r] = both.h[r] = p == 0 ? h_prev(s, j) : operand(s, j);
           both.out[r] = slots_of(r);
           t.cin[r] = t.cout[r] = both.out[r] + span.first * L;
-          if (with_input) both.x[r] = a.x.at(s, j);
+          if (fused) both.x[r] = a.x.at(s, j);
           if (p + 1 == Cell::phases) {
             prefetch<true>(a.y.at(s, j) + b0 * L, (b1 - b0) * L);
             if (a.copy.base) prefetch<true>(a.copy.at(s, j) + b0 * L, (b1 - b0) * L);
             if (a.training) prefetch<true>(saved(s, j, b0), (b1 - b0) * L * Cell::saved);
           }
         }
-        if (p == 0 && with_input)
+        if (p == 0 && fused)
           run_tile<Steps<T, Cell>>(rows, int(b1 - b0), both);
         else
           run_tile<Products<T, span.count>>(rows, int(b1 - b0), t);

@@ -18,9 +18,10 @@ PlanOverride override_values;
 constexpr double fma_bytes_per_ns = 235.0;    // of vectors multiplied and added
 constexpr double l2_bytes_per_ns = 117.0;     // a panel read once per row tile
 constexpr double l3_bytes_per_ns = 90.0;      // a panel that the second level does not hold, once per step
+constexpr double memory_bytes_per_ns = 34.0;  // for all cores
 constexpr double exchange_bytes_per_ns = 5;   // rows that another core has just written: 80 with a shared cache, 3 without
 constexpr double cell_ns = 12.0;              // the epilogue of one vector
-constexpr double hop_ns = 215.0;              // a line from one core to another with which it shares no cache
+constexpr double hop_ns = 150.0;              // a line from one core to another: 25 where they share a cache, 215 where not
 constexpr double tile_ns = 8.0;
 constexpr double start_ns = 3000.0;           // handing a call to another thread and waiting for it
 
@@ -35,10 +36,16 @@ double layer_ns(const LayerSize& size, const Machine& machine, int rows, int uni
   const double weights = vectors * vector_bytes;
   const double fma = B * weights / fma_bytes_per_ns;
   const double tiles = double(ceil_div(int64_t(B), 6));
-  const double from_l2 = tiles * weights / l2_bytes_per_ns;
-  const double from_l3 = weights > 0.75 * double(machine.l2_bytes) ? weights / l3_bytes_per_ns : 0;
-  // The panel streams while the products run; what exceeds them is waited for, and most of what comes from afar.
-  double step = std::max(fma, from_l2) + 0.4 * from_l3 + B * blocks * cell_ns + tiles * blocks * tile_ns;
+  // The first row tile meets the panel where it lies, the others in the second cache level. Of large panels every thread
+  // that has rows of its own reads all; with few rows W_ih is read once a chunk only.
+  const double per_step = gates * double(size.H * (size.H + (B < 8 ? 0 : size.I))) * size.element_bytes;
+  double reading = tiles * weights / l2_bytes_per_ns;
+  if (per_step > double(machine.l3_bytes))
+    reading += rows * per_step / memory_bytes_per_ns;
+  else if (weights > 0.75 * double(machine.l2_bytes))
+    reading += weights / l3_bytes_per_ns - weights / l2_bytes_per_ns;
+  // Reading and arithmetic overlap, the more the less equal they are.
+  double step = std::hypot(fma, reading) + B * blocks * cell_ns + tiles * blocks * tile_ns;
   if (units > 1) {
     const double row_bytes = double(size.H) * size.element_bytes * (forward ? 1.0 : gates);
     step += B * row_bytes * (units - 1) / units / exchange_bytes_per_ns + barrier_ns(units) * size.cell->phases;
@@ -127,15 +134,14 @@ Machine this_machine() {
 Plan forward_plan(const LayerSize& size, const Machine& machine, int threads, bool several) {
   Plan plan = cut(size, machine, threads, several, true);
   // A chunk's pre-activations take at most a quarter of the second cache level; longer chunks read W_ih less often. With
-  // enough rows for a tile the input product is made along with the recurrent one instead, in chunks of one step: reading
-  // W_ih at each step is then hidden behind the arithmetic, if it need not come from memory.
+  // enough rows for a tile the input product is made along with the recurrent one instead, in chunks of one step, where
+  // the panels of a tile stay in the second level beside its rows.
   const int64_t rows = ceil_div(size.B, plan.row_threads);
   const int64_t row_bytes =
       ceil_div(ceil_div(size.H, size.lanes), plan.unit_threads) * size.lanes * size.cell->slots * size.element_bytes;
-  const int64_t weights = size.cell->gates * size.H * (size.I + size.H) * size.element_bytes;
-  plan.chunk_steps = rows >= 32 || (rows >= 4 && weights <= machine.l3_bytes / 2)
-                         ? 1
-                         : machine.l2_bytes / 4 / std::max<int64_t>(1, rows * row_bytes);
+  const int64_t block_bytes = (size.I + size.H) * std::max(size.cell->slots, 4) * size.lanes * size.element_bytes;
+  plan.fused = block_bytes <= machine.l2_bytes / 3;
+  plan.chunk_steps = plan.fused && rows >= 4 ? 1 : machine.l2_bytes / 4 / std::max<int64_t>(1, rows * row_bytes);
   if (override_values.chunk_steps > 0) plan.chunk_steps = override_values.chunk_steps;
   plan.chunk_steps = std::max<int64_t>(1, std::min(plan.chunk_steps, size.T));
   return plan;

@@ -1,0 +1,67 @@
+// One time step of a stream from C++, on one thread: the median and the least of many, in nanoseconds.
+//
+//     cmake --preset release -B build -DFUSEDRNN_BENCH=ON && cmake --build build --target step && build/step
+//
+// Arguments: hidden sizes (default: 8 16 32 64 128 256); the input size is the hidden size. float32.
+#include <algorithm>
+#include <chrono>
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <memory>
+#include <random>
+#include <vector>
+
+#include "cpu/dispatch.h"
+#include "cpu/stream.h"
+#include "cpu/threads.h"
+
+using namespace fusedrnn;
+
+namespace {
+
+std::vector<float> draw(int64_t n, double scale) {
+  static std::mt19937 generator(1);
+  std::uniform_real_distribution<float> uniform(float(-scale), float(scale));
+  std::vector<float> values(n);
+  for (float& v : values) v = uniform(generator);
+  return values;
+}
+
+void measure(int cell, int64_t H) {
+  const Spec spec{cell, H, H, 1, 1, true, false};
+  const int64_t rows = spec.info().gates * H;
+  const double scale = 1 / std::sqrt(double(H));
+  const std::vector<float> w_ih = draw(rows * H, scale), w_hh = draw(rows * H, scale), b_ih = draw(rows, scale),
+                           b_hh = draw(rows, scale), x = draw(H, 1);
+  const StackWeights<const float> weights{{w_ih.data(), w_hh.data(), b_ih.data(), b_hh.data()}};
+  Stream<float> stream(spec, std::make_shared<const Panels<float>>(spec, weights), 1);
+  std::vector<float> h(H);
+  const int steps = int(std::max<int64_t>(50, 4000000 / (rows * H)));  // some 50 to 100 us a sample
+  std::vector<double> samples;
+  for (int i = 0; i < 400; ++i) {
+    const auto start = std::chrono::steady_clock::now();
+    for (int s = 0; s < steps; ++s) stream.step(x.data(), h.data());
+    samples.push_back(std::chrono::duration<double, std::nano>(std::chrono::steady_clock::now() - start).count() / steps);
+  }
+  std::sort(samples.begin(), samples.end());
+  std::printf(" %.0f (%.0f) |", samples[samples.size() / 2], samples[0]);
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  set_default_threads(1);
+  std::vector<int> sizes;
+  for (int i = 1; i < argc; ++i) sizes.push_back(std::atoi(argv[i]));
+  if (sizes.empty()) sizes = {8, 16, 32, 64, 128, 256};
+  std::printf("ISA %s; ns a step: median (least)\n\n| cell |", isa().c_str());
+  for (int H : sizes) std::printf(" H = %d |", H);
+  std::printf("\n|---|");
+  for (size_t i = 0; i < sizes.size(); ++i) std::printf("---|");
+  for (int cell = 0; cell < cell_count; ++cell) {
+    std::printf("\n| %s |", cells[cell].name);
+    for (int H : sizes) measure(cell, H);
+  }
+  std::printf("\n");
+}
