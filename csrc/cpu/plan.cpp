@@ -18,7 +18,7 @@ PlanOverride override_values;
 constexpr double fma_bytes_per_ns = 235.0;    // of vectors multiplied and added
 constexpr double l2_bytes_per_ns = 117.0;     // a panel read once per row tile
 constexpr double l3_bytes_per_ns = 90.0;      // a panel that the second level does not hold, once per step
-constexpr double memory_bytes_per_ns = 34.0;  // for all cores
+constexpr double memory_bytes_per_ns = 17.0;  // a core's, where all read
 constexpr double exchange_bytes_per_ns = 5;   // rows that another core has just written: 80 with a shared cache, 3 without
 constexpr double cell_ns = 12.0;              // the epilogue of one vector
 constexpr double hop_ns = 150.0;              // a line from one core to another: 25 where they share a cache, 215 where not
@@ -36,12 +36,12 @@ double layer_ns(const LayerSize& size, const Machine& machine, int rows, int uni
   const double weights = vectors * vector_bytes;
   const double fma = B * weights / fma_bytes_per_ns;
   const double tiles = double(ceil_div(int64_t(B), 6));
-  // The first row tile meets the panel where it lies, the others in the second cache level. Of large panels every thread
-  // that has rows of its own reads all; with few rows W_ih is read once a chunk only.
+  // The first row tile meets the panel where it lies, the others in the second cache level. Large panels come
+  // from memory to every thread that has rows of its own; with few rows W_ih is read once a chunk only.
   const double per_step = gates * double(size.H * (size.H + (B < 8 ? 0 : size.I))) * size.element_bytes;
   double reading = tiles * weights / l2_bytes_per_ns;
-  if (per_step > double(machine.l3_bytes))
-    reading += rows * per_step / memory_bytes_per_ns;
+  if (per_step > 0.75 * double(machine.l3_bytes))
+    reading += per_step / units / memory_bytes_per_ns;
   else if (weights > 0.75 * double(machine.l2_bytes))
     reading += weights / l3_bytes_per_ns - weights / l2_bytes_per_ns;
   // Reading and arithmetic overlap, the more the less equal they are.
