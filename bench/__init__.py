@@ -3,7 +3,7 @@
     shapes    which cases there are, and the arithmetic of each
     engines   what is compared: fusedrnn and its reference; peers   PyTorch, ONNX Runtime, JAX
     measure   checks, slots, rounds, ratios;                machine  cores, caches, versions, bandwidths
-    ratios    our own times over each other, against goals
+    ratios    our own times over each other, against goals;   goals   peers' times and the peak, likewise
     report    the terminal;                                 page, plots   files
 
 Every figure is a median over rounds in which all candidates take turns, each on its best thread count; every
@@ -27,7 +27,7 @@ import numpy as np
 from fusedrnn import _core
 from fusedrnn._cli import CommandError, natural, positive_float
 
-from . import machine, measure, ratios, report
+from . import goals, machine, measure, ratios, report
 from .engines import Engine, Ours, Problem
 from .peers import DEFAULT_PEERS, PEERS
 from .shapes import CELLS, DEFAULT_CELLS, DEFAULT_WORK, WORK, Case, cases
@@ -151,6 +151,10 @@ def run(args: argparse.Namespace) -> int:
     summary = report.summary_lines(result["summary"], labels)
     if summary:
         print("", *summary, sep="\n")
+    judged = [] if result["settings"]["quick"] else goals.rows(result["cases"])
+    if judged:
+        print("", *report.goal_lines(judged), sep="\n")
+        print(f"\nAgainst peers and the peak: {report.goals_met(judged)}")
     if result.get("ratios"):  # a result may be older than they are
         if args.source:
             print("", report.ratio_heading(), *map(report.ratio_line, result["ratios"]), sep="\n")
@@ -163,7 +167,7 @@ def run(args: argparse.Namespace) -> int:
 
         args.plot.mkdir(parents=True, exist_ok=True)
         figures = plots.draw(result, args.plot)
-        written = page.write(result, figures, args.plot)
+        written = page.write(result, judged, figures, args.plot)
         print(f"\nwritten: {', '.join(sorted([*figures, written]))}")
     return 0
 

@@ -10,13 +10,20 @@ from . import report
 NAME = "benchmarks.md"
 
 
-def write(result: dict[str, Any], figures: dict[str, str], folder: Path) -> str:
-    """Writes the page beside `figures` (file name -> caption) and returns its name."""
-    (folder / NAME).write_text("\n".join(_lines(result, figures)) + "\n", encoding="utf-8")
+def write(
+    result: dict[str, Any], goals: list[dict[str, Any]], figures: dict[str, str], folder: Path
+) -> str:
+    """Writes the page beside `figures` (file name -> caption) and returns its name.
+
+    `goals` are rows of goals.py.
+    """
+    (folder / NAME).write_text("\n".join(_lines(result, goals, figures)) + "\n", encoding="utf-8")
     return NAME
 
 
-def _lines(result: dict[str, Any], figures: dict[str, str]) -> list[str]:
+def _lines(
+    result: dict[str, Any], goals: list[dict[str, Any]], figures: dict[str, str]
+) -> list[str]:
     m, s = result["machine"], result["settings"]
     labels = {name: peer["label"] for name, peer in result["peers"].items()}
     caches = ", ".join(
@@ -55,6 +62,16 @@ def _lines(result: dict[str, Any], figures: dict[str, str]) -> list[str]:
             ["cell", "work", *_summary_heads(labels), f"least share of peak, {report.LARGE}"],
             [_summary_row(entry, labels) for entry in result["summary"]],
         )
+    if goals:
+        lines += [
+            "",
+            "## Goals",
+            "",
+            f"{report.goals_met(goals)} against peers and the peak. What bounds the others, and what was "
+            "tried, is in the performance notebook, docs/performance.md.",
+            "",
+        ]
+        lines += _table([name for name, _ in report.GOAL_COLUMNS], list(map(report.goal_cells, goals)))
     for name, caption in figures.items():
         lines += ["", f"![{caption}]({name})", "", caption]
     if result["cases"]:

@@ -147,6 +147,35 @@ def ratio_line(row: dict[str, Any]) -> str:
     return _aligned(RATIO_COLUMNS, ratio_cells(row))
 
 
+GOAL_COLUMNS = [
+    ("held against", -26),
+    ("cell", -16),
+    ("work", -7),
+    ("at", -16),
+    ("value", 7),
+    ("goal", 9),
+    ("met", 3),
+]
+
+
+def goal_cells(row: dict[str, Any]) -> list[str]:
+    """A row of goals.py under GOAL_COLUMNS."""
+    return [
+        row["title"],
+        row["cell"],
+        WORK_LABELS[row["work"]],
+        row["at"],
+        digits(row["value"]),
+        f"{row['goal']['sense']} {digits(row['goal']['limit'])}",
+        "yes" if row["met"] else "NO",
+    ]
+
+
+def goal_lines(rows: list[dict[str, Any]]) -> list[str]:
+    heading = _aligned(GOAL_COLUMNS, (name for name, _ in GOAL_COLUMNS))
+    return [heading, *(_aligned(GOAL_COLUMNS, goal_cells(row)) for row in rows)]
+
+
 def goals_met(rows: list[dict[str, Any]]) -> str:
     return f"{sum(row['met'] for row in rows)} of {len(rows)} goals met"
 

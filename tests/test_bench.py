@@ -14,7 +14,7 @@ import pytest
 import fusedrnn as fr
 from fusedrnn import bench
 from fusedrnn._cli import CommandError
-from fusedrnn.bench import measure, page, ratios, report, shapes
+from fusedrnn.bench import goals, measure, page, ratios, report, shapes
 from fusedrnn.bench.engines import Candidate, Ours
 from fusedrnn.bench.peers import PEERS
 
@@ -105,23 +105,23 @@ def test_peer_agrees_or_says_what_it_lacks(name, cell, tmp_path, capsys):
     assert set(result["machine"]["versions"]) >= set(PEERS[name].needs)
 
 
-def test_summary_is_the_geometric_mean_and_the_worst():
-    def row(shape, ratios, share=0.5, series="standard"):
-        peers = {name: {"ratio": {"median": ratio}} for name, ratio in ratios.items()}
-        best = min(ratios, key=ratios.get)
-        return dict(zip("BTIH", shape, strict=True)) | {
-            "cell": "lstm",
-            "work": "forward",
-            "series": series,
-            "peers": peers,
-            "best_peer": best,
-            "peak_share": {"median": share},
-        }
+def case_row(cell, work, shape, ratios, share=0.5, series="standard"):
+    """A measured case as goals.py and report.py read it; `ratios`: by peer."""
+    return dict(zip("BTIH", shape, strict=True)) | {
+        "cell": cell,
+        "work": work,
+        "series": series,
+        "peers": {name: {"ratio": {"median": ratio}} for name, ratio in ratios.items()},
+        "best_peer": min(ratios, key=ratios.get) if ratios else None,
+        "peak_share": {"median": share},
+    }
 
+
+def test_summary_is_the_geometric_mean_and_the_worst():
     rows = [
-        row((1, 9, 8, 8), {"a": 4.0, "b": 2.0}),
-        row((16, 9, 256, 256), {"a": 1.0, "b": 8.0}, share=0.9),
-        row((16, 9, 8, 8), {"a": 0.1}, series="B"),
+        case_row("lstm", "forward", (1, 9, 8, 8), {"a": 4.0, "b": 2.0}),
+        case_row("lstm", "forward", (16, 9, 256, 256), {"a": 1.0, "b": 8.0}, share=0.9),
+        case_row("lstm", "forward", (16, 9, 8, 8), {"a": 0.1}, series="B"),
     ]
     (entry,) = report.summarise(rows)
     assert entry["cases"] == 2
@@ -135,6 +135,31 @@ def test_summary_is_the_geometric_mean_and_the_worst():
     text = report.summary_lines([entry], {"a": "A", "b": "B"})
     assert "16,9,256,256" in text[-1]
     assert text[-1].endswith("90 %")
+
+
+def test_goals_judge_the_mean_the_worst_shape_and_the_least_share():
+    cases = [
+        case_row("lstm", "forward", (1, 100, 64, 64), {"torch": 4.0, "jax": 9.0}, share=0.1),
+        case_row("lstm", "forward", (32, 100, 256, 256), {"torch": 1.0, "jax": 0.9}, share=0.91),
+        case_row("lstm", "forward", (64, 50, 512, 512), {"torch": 1.1}, share=0.89),
+        case_row("lstm", "forward", (64, 50, 512, 512), {"torch": 0.1}, share=0.1, series="H"),
+    ]
+    found = {row["title"]: row for row in goals.rows(cases)}
+    mean, worst = found["best peer, geometric mean"], found["best peer, worst shape"]
+    assert mean["value"] == pytest.approx((4.0 * 0.9 * 1.1) ** (1 / 3))
+    assert mean["met"] == (mean["value"] >= goals.AGAINST_BEST["forward"]["lstm"][0])
+    assert (worst["value"], worst["at"], worst["met"]) == (0.9, "32,100,256,256", False)
+    assert (found["share of the peak"]["value"], found["share of the peak"]["met"]) == (0.89, False)
+
+
+@pytest.mark.parametrize("H, limit", [(16, 6.0), (64, 6.0), (128, 3.5), (256, 2.8), (1024, 1.1), (2048, 0)])
+def test_goals_of_a_step_depend_on_its_size(H, limit):
+    rows = goals.rows([case_row("gru", "stream", (1, 1, H, H), {"onnxruntime": 3.0, "torch": 2.0})])
+    assert [(row["value"], row["goal"]["limit"]) for row in rows] == ([(3.0, limit)] if limit else [])
+
+
+def test_goals_need_peers():
+    assert goals.rows([case_row("rnn", "train", (1, 100, 64, 64), {})]) == []
 
 
 def test_default_cases_are_the_standard_shapes():
@@ -321,7 +346,7 @@ def test_ratios_are_read_back_and_shown(tmp_path, capsys):
         assert line in measured
         assert line in read
 
-    name = page.write(result, {}, tmp_path)
+    name = page.write(result, goals.rows(result["cases"]), {}, tmp_path)
     written = (tmp_path / name).read_text(encoding="utf-8")
     section = written[written.index("## Ratios of our own times") :]
     for row in result["ratios"]:
