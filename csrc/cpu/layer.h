@@ -72,7 +72,8 @@ struct Forward {
   using V = Vec<T>;
   static constexpr int L = V::lanes;
   static constexpr int slots = Cell::slots * L;
-  static constexpr int64_t panel_piece = 16 << 10;  // bytes: half of the first cache level
+  // Where registers are few, a tile of both products must have no accumulators that one of them leaves idle.
+  static constexpr bool fuses = tile_accumulators >= 24 || Cell::slots == Cell::input.count;
   const ForwardArgs<T>& a;
   const int64_t begin, end;  // the steps to run
   const Share share;
@@ -106,7 +107,7 @@ struct Forward {
     for (int64_t c = begin; c < end; c += team.plan.chunk_steps) {
       const int64_t next = smallest(c + team.plan.chunk_steps, end);
       if (next - c > 1) input_product(c, next, share.b0, share.b1);
-      for (int64_t s = c; s < next; ++s) phases<0>(s, c, next - c == 1, team.plan.fused && fuses());
+      for (int64_t s = c; s < next; ++s) phases<0>(s, c, next - c == 1, team.plan.fused && fuses);
     }
   }
 
@@ -133,42 +134,24 @@ struct Forward {
     t.b_block = a.ih_block, t.cin_block = t.cout_block = slots;
     for (int64_t g = 0; g < tiling.block.pieces; ++g) {
       const int64_t b0 = first + tiling.block.begin(g), b1 = first + tiling.block.begin(g + 1);
-      const Cut depth = depths(a.I, tiling.row.pieces, int(b1 - b0) * Cell::input.count);
-      for (int64_t d = 0; d < depth.pieces; ++d) {
-        const int64_t k0 = depth.begin(d);
-        t.k = depth.begin(d + 1) - k0;
-        t.b = a.w_ih + b0 * a.ih_block + k0 * Cell::input.count * L;
-        t.cin_block = t.cout_block = slots;
-        int64_t s = c, i = 0, here = running(c);  // the share's row i of `here` at step s
-        for (int64_t p = 0; p < tiling.row.pieces; ++p) {
-          const int n = int(tiling.row.begin(p + 1) - tiling.row.begin(p));
-          for (int r = 0; r < n; ++r, ++i) {
-            while (i >= here) ++s, i = 0, here = running(s);
-            t.a[r] = a.x.at(s, share.row(i)) + k0;
-            T* row = slots_at(s, c, i) + (b0 - share.b0) * slots;
-            t.cout[r] = row + Cell::input.first * L;
-            t.cin[r] = d == 0 ? a.bias + b0 * slots + Cell::input.first * L : t.cout[r];
-            for (int64_t b = b0; b < b1 && d == 0; ++b)  // slots that x does not feed start from their bias
-              for (int v = 0; v < Cell::slots; ++v)
-                if (v < Cell::input.first || v >= Cell::input.first + Cell::input.count)
-                  V::load(a.bias + b * slots + v * L).store(row + (b - b0) * slots + v * L);
-          }
-          run_tile<Products<T, Cell::input.count>>(n, int(b1 - b0), t);
+      t.b = a.w_ih + b0 * a.ih_block;
+      int64_t s = c, i = 0, here = running(c);  // the share's row i of `here` at step s
+      for (int64_t p = 0; p < tiling.row.pieces; ++p) {
+        const int n = int(tiling.row.begin(p + 1) - tiling.row.begin(p));
+        for (int r = 0; r < n; ++r, ++i) {
+          while (i >= here) ++s, i = 0, here = running(s);
+          t.a[r] = a.x.at(s, share.row(i));
+          T* row = slots_at(s, c, i) + (b0 - share.b0) * slots;
+          t.cin[r] = a.bias + b0 * slots + Cell::input.first * L;
+          t.cout[r] = row + Cell::input.first * L;
+          for (int64_t b = b0; b < b1; ++b)  // slots that x does not feed start from their bias
+            for (int v = 0; v < Cell::slots; ++v)
+              if (v < Cell::input.first || v >= Cell::input.first + Cell::input.count)
+                V::load(a.bias + b * slots + v * L).store(row + (b - b0) * slots + v * L);
         }
+        run_tile<Products<T, Cell::input.count>>(n, int(b1 - b0), t);
       }
     }
-  }
-
-  // Whether this ISA's tiles are made for both products: a panel that must come from the first level must fit it, and no
-  // accumulator may idle.
-  FUSEDRNN_INLINE bool fuses() const {
-    return tile_accumulators >= 24 || (Cell::slots == Cell::input.count && (a.I + a.H) * slots * int64_t(sizeof(T)) <= panel_piece);
-  }
-
-  // How a product of depth K is cut, where tiles have so few rows that their panel must come from the first cache level: all
-  // row tiles pass one piece of it before the next.
-  static FUSEDRNN_INLINE Cut depths(int64_t K, int64_t row_tiles, int vectors) {
-    return {K, tile_accumulators >= 24 || row_tiles < 3 ? 1 : largest(1, K * vectors * int64_t(sizeof(V)) / panel_piece)};
   }
 
   template <int p>
@@ -201,30 +184,24 @@ struct Forward {
       const int64_t g = there_and_back(n, tiling.block.pieces, s + a.turn);
       int64_t b0 = share.b0 + tiling.block.begin(g), b1 = share.b0 + tiling.block.begin(g + 1);
       if (with_input && !fused) input_product(s, s + 1, b0, b1);
+      t.b = both.w_hh = a.w_hh[p] + b0 * a.hh_block[p];
       both.w_ih = a.w_ih + b0 * a.ih_block, both.bias = a.bias + b0 * slots;
-      both.w_hh = a.w_hh[p] + b0 * a.hh_block[p];
-      const auto slots_of = [&](int64_t i0, int r) {
-        return fused && !keeps_slots ? scratch + r * (b1 - b0) * slots : slots_at(s, c, i0 + r) + (b0 - share.b0) * slots;
-      };
-      const Cut depth = fused ? Cut{a.H, 1} : depths(a.H, tiling.row.pieces, int(b1 - b0) * span.count);
-      for (int64_t tile = 0; tile < depth.pieces * tiling.row.pieces; ++tile) {
-        const int64_t d = tile / tiling.row.pieces, i = tile % tiling.row.pieces;
-        const int64_t i0 = tiling.row.begin(i), k0 = depth.begin(d);
+      for (int64_t i = 0; i < tiling.row.pieces; ++i) {
+        const int64_t i0 = tiling.row.begin(i);
         const int rows = int(tiling.row.begin(i + 1) - i0);
-        const bool last = d + 1 == depth.pieces;
-        t.k = depth.begin(d + 1) - k0;
-        t.b = both.w_hh + k0 * span.count * L;
-        if (n == 0 && d == 0 && share.barrier && i + 1 < tiling.row.pieces)  // the next rows, half of them from another core
+        const auto slots_of = [&](int r) {
+          return fused && !keeps_slots ? scratch + r * (b1 - b0) * slots : slots_at(s, c, i0 + r) + (b0 - share.b0) * slots;
+        };
+        if (n == 0 && share.barrier && i + 1 < tiling.row.pieces)  // the next rows, half of them from another core
           for (int64_t next = i0 + rows; next < tiling.row.begin(i + 2); ++next)
             prefetch<false>(p == 0 ? h_prev(s, share.row(next)) : operand(s, share.row(next)), a.H);
         for (int r = 0; r < rows; ++r) {
           const int64_t j = share.row(i0 + r);
-          both.h[r] = p == 0 ? h_prev(s, j) : operand(s, j);
-          both.out[r] = slots_of(i0, r);
-          t.a[r] = both.h[r] + k0;
+          t.a[r] = both.h[r] = p == 0 ? h_prev(s, j) : operand(s, j);
+          both.out[r] = slots_of(r);
           t.cin[r] = t.cout[r] = both.out[r] + span.first * L;
           if (fused) both.x[r] = a.x.at(s, j);
-          if (p + 1 == Cell::phases && last) {
+          if (p + 1 == Cell::phases) {
             prefetch<true>(a.y.at(s, j) + b0 * L, (b1 - b0) * L);
             if (a.copy.base) prefetch<true>(a.copy.at(s, j) + b0 * L, (b1 - b0) * L);
             if (a.training) prefetch<true>(saved(s, j, b0), (b1 - b0) * L * Cell::saved);
@@ -234,9 +211,8 @@ struct Forward {
           run_tile<Steps<T, Cell>>(rows, int(b1 - b0), both);
         else
           run_tile<Products<T, span.count>>(rows, int(b1 - b0), t);
-        if (!last) continue;
         for (int r = 0; r < rows; ++r) {
-          T* row = slots_of(i0, r);
+          T* row = slots_of(r);
           const int64_t j = share.row(i0 + r);
           for (int64_t b = b0; b < b1; ++b, row += slots) {
             int width = block_width<T>(a.H, b);
