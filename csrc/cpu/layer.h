@@ -536,12 +536,14 @@ struct Backward {
     const bool last = lo == 0;
     if (a.dw_ih) pack_operands(hi, rows);
     wait(team.all, team.rank);
+    // The biases first: they read the gradients, many of which another core wrote, block by block from end to end, which is
+    // the fastest way to fetch them for the products that follow.
+    if (a.db_ih) bias_gradients(rows, done, last);
     if (a.dw_ih) {
       outer_product(Cell::input, f.I, a.x_panel, a.dw_ih, a.sum_w_ih, rows, done, last);
       for (int p = 0; p < Cell::phases; ++p)
         outer_product(Cell::recurrent[p], H, a.h_panel[p], a.dw_hh, a.sum_w_hh, rows, done, last);
     }
-    if (a.db_ih) bias_gradients(rows, done, last);
     if (a.dx.base) input_gradients(lo, hi);
   }
 
