@@ -7,6 +7,7 @@ import sys
 from contextlib import contextmanager
 from itertools import product
 
+import numpy as np
 import pytest
 from bound import OFFERED, Case, assert_same_bits, draw, run
 from hypothesis import given, settings, strategies as st
@@ -24,8 +25,8 @@ def own_plans_again():
 
 
 @contextmanager
-def plan(row_threads=0, unit_threads=0, chunk_steps=0, chunk_rows=0, teams=0, ranges=0):
-    _core.override_plan(row_threads, unit_threads, chunk_steps, chunk_rows, teams, ranges)
+def plan(row_threads=0, unit_threads=0, chunk_steps=0, chunk_rows=0, teams=0, ranges=0, fused=0):
+    _core.override_plan(row_threads, unit_threads, chunk_steps, chunk_rows, teams, ranges, fused)
     try:
         yield
     finally:
@@ -43,10 +44,12 @@ def test_every_plan_of_a_grid(cell, dtype, shape):
     with fr.num_threads(1):
         want = run(call)
     # chunk_steps acts on forward alone and chunk_rows on backward alone, so they need not be crossed.
-    chunks = [(1, B), (2, B + 1), (3, 2 * B), (T - 1, 3 * B + 1), (T, T * B), (0, 0)]
+    # Only chunks of one step can be fused (1), or not (2).
+    chunks = [(1, B, 1), (1, 0, 2), (2, B + 1, 0), (3, 2 * B, 0), (T - 1, 3 * B + 1, 0), (T, T * B, 0), (0, 0, 0)]
     with fr.num_threads(9):
-        for row_threads, unit_threads, (chunk_steps, chunk_rows) in product((1, 2, 3), (1, 2, 3), chunks):
-            with plan(row_threads, unit_threads, chunk_steps, chunk_rows):
+        for row_threads, unit_threads, chunk in product((1, 2, 3), (1, 2, 3), chunks):
+            chunk_steps, chunk_rows, fused = chunk
+            with plan(row_threads, unit_threads, chunk_steps, chunk_rows, fused=fused):
                 assert_same_bits(run(call), want)
 
 
@@ -55,7 +58,7 @@ def test_every_plan_of_a_grid(cell, dtype, shape):
     "threads, row_threads, unit_threads", [(16, 1, 16), (33, 1, 33), (64, 4, 16), (64, 7, 9), (64, 8, 8)]
 )
 def test_teams_larger_than_this_machine(cell, threads, row_threads, unit_threads):
-    """More threads than cores, and barriers that count by groups."""
+    """More threads than cores, and barriers of several rounds."""
     call = draw(Case(cell, "float32", 4, 9, 5, 33 * 16, ragged=True))
     with fr.num_threads(1):
         want = run(call)
@@ -73,7 +76,7 @@ def test_drawn_plans(cell, dtype):
     )  # fmt: skip
     plans = st.tuples(
         st.integers(0, 4), st.integers(0, 4), st.integers(0, 13), st.integers(0, 300), st.integers(0, 4),
-        st.integers(0, 7),
+        st.integers(0, 7), st.integers(0, 2),
     )  # fmt: skip
 
     @settings(max_examples=20, derandomize=True, deadline=None, database=None)
@@ -88,6 +91,33 @@ def test_drawn_plans(cell, dtype):
                     assert_same_bits(run(call), want)
 
     check()
+
+
+@pytest.mark.parametrize("cell", ["lstm", "gru_reset_before"])
+def test_weights_beyond_the_second_cache_level_are_packed_by_rows(cell):
+    """4.2 MB and more, for two threads; what packs them also takes the checksums of the next test."""
+    call = draw(Case(cell, "float32", 2, 3, 400, 410, state="zeros", given="y"))
+    with fr.num_threads(1):
+        want = run(call)
+    with fr.num_threads(2):
+        assert_same_bits(run(call), want)
+
+
+@pytest.mark.parametrize("sizes", [(9, 37), (400, 410)], ids=["by columns", "by rows"])
+def test_change_of_any_weight_is_seen_by_any_number_of_threads(sizes):
+    layer = fr.LSTM(*sizes, seed=0)
+    with fr.num_threads(1):
+        y, _, tape = layer.forward(np.ones((2, 3, sizes[0]), np.float32))
+    for name, row, column in product(("weight_ih_l0", "weight_hh_l0"), (0, 70, -1), (0, 5, -1)):
+        view = layer.params[name]
+        was = view[row, column]
+        view[row, column] = np.nextafter(was, np.float32(1))
+        for threads in (1, 2, 3):
+            with fr.num_threads(threads), pytest.raises(RuntimeError, match="changed"):
+                layer.backward(tape, y)
+        view[row, column] = was
+    with fr.num_threads(3):
+        layer.backward(tape, y)
 
 
 @pytest.mark.parametrize("cell", ["lstm", "gru_reset_before"])

@@ -15,7 +15,7 @@ namespace {
 
 const Machine machine{1 << 20, 32 << 20};
 
-LayerSize layer(const CellInfo& cell, int64_t B, int64_t T, int64_t I, int64_t H) { return {T, B, I, H, &cell, 16, 4}; }
+LayerSize layer(const CellInfo& cell, int64_t B, int64_t T, int64_t I, int64_t H) { return {T, B, I, H, &cell, 16, 4, true}; }
 
 // "rows x units, how many times faster than one core"
 void print_plan(const LayerSize& size, int cores, bool forward) {

@@ -37,7 +37,7 @@ void measure(int cell, int64_t H) {
   const StackWeights<const float> weights{{w_ih.data(), w_hh.data(), b_ih.data(), b_hh.data()}};
   Stream<float> stream(spec, std::make_shared<const Panels<float>>(spec, weights), 1);
   std::vector<float> h(H);
-  const int steps = int(std::max<int64_t>(50, 4000000 / (rows * H)));  // some 50 to 100 us a sample
+  const int steps = int(std::max<int64_t>(50, 4000000 / (rows * H)));  // a sample takes some 0.2 to 1 ms
   std::vector<double> samples;
   for (int i = 0; i < 400; ++i) {
     const auto start = std::chrono::steady_clock::now();
@@ -53,7 +53,10 @@ void measure(int cell, int64_t H) {
 int main(int argc, char** argv) {
   set_default_threads(1);
   std::vector<int> sizes;
-  for (int i = 1; i < argc; ++i) sizes.push_back(std::atoi(argv[i]));
+  for (int i = 1; i < argc; ++i) {
+    sizes.push_back(std::atoi(argv[i]));
+    if (sizes.back() < 1) return std::fprintf(stderr, "step: a hidden size must be positive, got %s\n", argv[i]), 2;
+  }
   if (sizes.empty()) sizes = {8, 16, 32, 64, 128, 256};
   std::printf("ISA %s; ns a step: median (least)\n\n| cell |", isa().c_str());
   for (int H : sizes) std::printf(" H = %d |", H);

@@ -1,4 +1,4 @@
-// The one microkernel, and the packing of what it multiplies. Compiled once per ISA, in that ISA's namespace.
+// The one microkernel (`multiply`), its two kinds of tiles, and the packing of what it multiplies. Compiled once per ISA, in that ISA's namespace.
 //
 // A tile is C[r][n] = Cin[r][n] + sum over k, in ascending order, of A[r][k] B[k][n]: MR rows of A against a few vectors
 // of B, all of C in registers. Each element is one chain of fma, so its bits do not depend on how a product is cut into
@@ -99,7 +99,7 @@ void tile_kernel(const Tile<T>& t) {
     for (int v = 0; v < NV; ++v) acc[r][v].store(t.cout[r] + v / NG * t.cout_block + v % NG * V::lanes);
 }
 
-// A step's two products in one tile: C[r][block] = bias + x W_ih, then + h W_hh, without a way through memory between. A
+// A step's two products in one tile, in registers from the bias to the second: C[r][block] = bias + x W_ih + h W_hh. A
 // block has all of the cell's slots in C, of which a product feeds some.
 template <class T>
 struct StepTile {

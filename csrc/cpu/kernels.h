@@ -12,6 +12,7 @@ template <class T>
 struct CellKernels {
   void (*forward)(const ForwardArgs<T>&, const Team&, int64_t begin, int64_t end);
   void (*backward)(const BackwardArgs<T>&, const Team&, int64_t begin, int64_t end);
+  bool fuses;  // whether its tiles can make both products of a step
 };
 
 template <class T>

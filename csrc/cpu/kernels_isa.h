@@ -28,9 +28,9 @@ void dropout(const T* x, T* out, int64_t n, uint64_t seed, uint64_t index, uint3
   }
 }
 
-// A multilinear hash: the sum of products of the halves of each 64-bit word, under a key of the word's place. It finds
-// changes, not adversaries. Being a sum over words, it may be taken in any pieces. Eight sums side by side keep a vector
-// unit busy.
+// A multilinear hash: the sum of products of the halves of each 64-bit word, under a key of the word's place, and of the
+// word itself, lest a half that equals its key hide the other. It finds changes, not adversaries. Being a sum over words, it
+// may be taken in any pieces. Eight sums side by side keep a vector unit busy.
 template <class T>
 uint64_t hash(const T* p, int64_t bytes, uint64_t place) {
   constexpr int lanes = 8;
@@ -97,7 +97,7 @@ T read(const T* p, int64_t n, int64_t rounds) {
 
 template <class T>
 constexpr Kernels<T> table() {
-#define FUSEDRNN_CELL_KERNELS(Cell) {forward<T, Cell>, backward<T, Cell>},
+#define FUSEDRNN_CELL_KERNELS(Cell) {forward<T, Cell>, backward<T, Cell>, Forward<T, Cell>::fuses},
   return {Vec<T>::lanes,  {FUSEDRNN_FOR_EACH_CELL(FUSEDRNN_CELL_KERNELS)},
           pack_gates<T>,  pack_transposed<T>,
           dropout<T>,     hash<T>,

@@ -107,7 +107,7 @@ struct Forward {
     for (int64_t c = begin; c < end; c += team.plan.chunk_steps) {
       const int64_t next = smallest(c + team.plan.chunk_steps, end);
       if (next - c > 1) input_product(c, next, share.b0, share.b1);
-      for (int64_t s = c; s < next; ++s) phases<0>(s, c, next - c == 1, team.plan.fused && fuses);
+      for (int64_t s = c; s < next; ++s) phases<0>(s, c, next - c == 1, team.plan.fused);
     }
   }
 
@@ -207,10 +207,10 @@ struct Forward {
             if (a.training) prefetch<true>(saved(s, j, b0), (b1 - b0) * L * Cell::saved);
           }
         }
-        if (p == 0 && fused)
-          run_tile<Steps<T, Cell>>(rows, int(b1 - b0), both);
-        else
+        if (!fused)
           run_tile<Products<T, span.count>>(rows, int(b1 - b0), t);
+        else if constexpr (p == 0 && fuses)
+          run_tile<Steps<T, Cell>>(rows, int(b1 - b0), both);
         for (int r = 0; r < rows; ++r) {
           T* row = slots_of(r);
           const int64_t j = share.row(i0 + r);
@@ -666,7 +666,7 @@ struct Backward {
     if (rows == 0) return;
     const Tiling tiling(rows, ceil_div(f.I, L), 1);
     const Cut mine{tiling.block.pieces, team.plan.unit_threads};
-        Batch batch;
+    Batch batch;
     Tile<T> t;
     t.k = Cell::input.count * L, t.a_stride = 1, t.a_segment = a.gates_block;
     t.b_block = a.ih_block, t.cin_block = 0;

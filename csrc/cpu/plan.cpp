@@ -39,11 +39,12 @@ double layer_ns(const LayerSize& size, const Machine& machine, int rows, int uni
   // The first row tile meets the panel where it lies, the others in the second cache level. Large panels come
   // from memory to every thread that has rows of its own; with few rows W_ih is read once a chunk only.
   const double per_step = gates * double(size.H * (size.H + (B < 8 ? 0 : size.I))) * size.element_bytes;
-  double reading = tiles * weights / l2_bytes_per_ns;
+  double first = weights / l2_bytes_per_ns;
   if (per_step > 0.75 * double(machine.l3_bytes))
-    reading += per_step / units / memory_bytes_per_ns;
+    first = per_step / units / memory_bytes_per_ns;
   else if (weights > 0.75 * double(machine.l2_bytes))
-    reading += weights / l3_bytes_per_ns - weights / l2_bytes_per_ns;
+    first = weights / l3_bytes_per_ns;
+  const double reading = first + (tiles - 1) * weights / l2_bytes_per_ns;
   // Reading and arithmetic overlap, the more the less equal they are.
   double step = std::hypot(fma, reading) + B * blocks * cell_ns + tiles * blocks * tile_ns;
   if (units > 1) {
@@ -140,8 +141,9 @@ Plan forward_plan(const LayerSize& size, const Machine& machine, int threads, bo
   const int64_t row_bytes =
       ceil_div(ceil_div(size.H, size.lanes), plan.unit_threads) * size.lanes * size.cell->slots * size.element_bytes;
   const int64_t block_bytes = (size.I + size.H) * std::max(size.cell->slots, 4) * size.lanes * size.element_bytes;
-  plan.fused = block_bytes <= machine.l2_bytes / 3;
+  plan.fused = size.fuses && block_bytes <= machine.l2_bytes / 3;
   plan.chunk_steps = plan.fused && rows >= 4 ? 1 : machine.l2_bytes / 4 / std::max<int64_t>(1, rows * row_bytes);
+  if (override_values.fused > 0) plan.fused = size.fuses && override_values.fused == 1;
   if (override_values.chunk_steps > 0) plan.chunk_steps = override_values.chunk_steps;
   plan.chunk_steps = std::max<int64_t>(1, std::min(plan.chunk_steps, size.T));
   return plan;

@@ -11,7 +11,7 @@ namespace fusedrnn {
 
 struct Machine {
   int64_t l2_bytes;  // of one core
-  int64_t l3_bytes;  // of the cores that share it
+  int64_t l3_bytes;  // as the system tells it: of the cores that share it, or of all
 };
 Machine this_machine();
 
@@ -20,6 +20,7 @@ struct LayerSize {
   const CellInfo* cell;
   int lanes;           // of the ISA's vector
   int element_bytes;
+  bool fuses;          // the ISA's tiles can make both products of a step of this cell
 };
 
 // `several`: more than one thread where the shape has work for them, whatever the cost model says.
@@ -42,6 +43,7 @@ struct PlanOverride {
   int64_t chunk_steps = 0, chunk_rows = 0;
   int teams = 0;
   int64_t ranges = 0;
+  int fused = 0;  // 1: as far as the cell's tiles can; 2: not
 };
 void set_plan_override(const PlanOverride& values);
 

@@ -160,11 +160,11 @@ class Trace {
     const Plan& plan = crew.plan(l);
     fprintf(stderr,
             "fusedrnn: %s %s layer %lld: T=%lld B=%lld I=%lld H=%lld %s, %s: %d row x %d unit threads%s, "
-            "%lld steps or %lld rows a chunk",
+            "%lld steps or %lld rows a chunk%s",
             pass_, spec.info().name, (long long)l, (long long)T_, (long long)B, (long long)spec.input_size(l),
             (long long)spec.H, sizeof(T) == 4 ? "float32" : "float64", isa().c_str(), plan.row_threads, plan.unit_threads,
             crew.split() ? " for each direction" : crew.flows() ? " in a wavefront" : "", (long long)plan.chunk_steps,
-            (long long)plan.chunk_rows);
+            (long long)plan.chunk_rows, plan.fused && plan.chunk_steps == 1 ? ", both products in one tile" : "");
     if (crew.flows())
       fputs("\n", stderr);
     else
@@ -250,32 +250,35 @@ class Checksums {
     }
     x_.fetch_add(sum, std::memory_order_relaxed);
   }
-  // Columns [begin, end) of a matrix's rows of block b, in all gates: layer and direction i, w_ih or w_hh.
-  void add_rows(const T* w, int64_t i, bool recurrent, int64_t b, int64_t begin, int64_t end) {
+  // Of columns [begin, end) of a matrix's rows of block b, in all gates: layer and direction i, w_ih or w_hh. A thread
+  // adds up what it has, and then adds that.
+  uint64_t rows(const T* w, int64_t i, bool recurrent, int64_t b, int64_t begin, int64_t end) const {
     const int64_t lanes = kernels<T>().lanes, H = spec_.H, columns = recurrent ? H : spec_.input_size(i / spec_.D);
     end = std::min(end, columns);
-    if (begin >= end) return;
     uint64_t sum = 0;
+    if (begin >= end) return sum;
     for (int gate = 0; gate < spec_.info().gates; ++gate)
       for (int64_t r = gate * H + b * lanes; r < gate * H + std::min(H, (b + 1) * lanes); ++r)
         sum += hash_(w + r * columns + begin, (end - begin) * sizeof(T),
                      place(i, recurrent ? 1 : 0) + r * words(columns) + begin * sizeof(T) / 8);
-    weights_.fetch_add(sum, std::memory_order_relaxed);
+    return sum;
   }
+  void add_weights(uint64_t sum) { weights_.fetch_add(sum, std::memory_order_relaxed); }
   void add_biases(const StackWeights<const T>& weights) {
     if (!spec_.bias) return;
     const int64_t bytes = spec_.info().gates * spec_.H * sizeof(T);
     uint64_t sum = 0;
     for (int64_t i = 0; i < spec_.count(); ++i)
       sum += hash_(weights[i].b_ih, bytes, place(i, 2)) + hash_(weights[i].b_hh, bytes, place(i, 3));
-    weights_.fetch_add(sum, std::memory_order_relaxed);
+    add_weights(sum);
   }
   uint64_t x() const { return x_; }
   uint64_t weights() const { return weights_; }
 
  private:
   static int64_t words(int64_t n) { return ceil_div(n * int64_t(sizeof(T)), 8); }
-  static uint64_t place(int64_t i, int array) { return uint64_t(4 * i + array) << 40; }  // where an array's words start
+  // Where an array's words start: far apart, and in no step with the keys.
+  static uint64_t place(int64_t i, int array) { return uint64_t(4 * i + array + 1) * 0xd1342543de82ef95u; }
   const Spec spec_;
   const decltype(Kernels<T>::hash) hash_ = kernels<T>().hash;
   std::atomic<uint64_t> x_{0}, weights_{0};
@@ -285,7 +288,8 @@ class Checksums {
 
 template <class T>
 LayerSize layer_size(const Spec& spec, int64_t layer, int64_t T_, int64_t B) {
-  return {T_, B, spec.input_size(layer), spec.H, &spec.info(), kernels<T>().lanes, int(sizeof(T))};
+  return {T_, B, spec.input_size(layer), spec.H, &spec.info(), kernels<T>().lanes, int(sizeof(T)),
+          kernels<T>().cell[spec.cell].fuses};
 }
 
 template <class T>
@@ -363,15 +367,24 @@ void run_forward(const StackForward<T>& call, Tape<T>* tape) {
   const int64_t T_ = call.T_, B = call.B, H = spec.H, width = spec.D * H, lanes = kernels<T>().lanes;
   const CellInfo& cell = spec.info();
   Checksums<T> sums(spec);
+  std::unique_ptr<Panels<T>> own_panels;
+  // This rank's part of the weights: hashed for a tape, and packed where there are no panels yet.
+  const auto read_weights = [&](int rank, int threads) {
+    uint64_t sum = 0;
+    if (!tape && !own_panels) return;
+    each_block(spec, lanes, rank, threads, [&](int64_t i, int64_t b) {
+      const Weights<const T>& w = call.weights[i];
+      if (tape) sum += sums.rows(w.w_ih, i, false, b, 0, spec.input_size(i / spec.D));
+      if (own_panels) own_panels->pack_input(w, i, b);
+      if (tape) sum += sums.rows(w.w_hh, i, true, b, 0, H);
+      if (own_panels) own_panels->pack_recurrent(w, i, b);
+    });
+    sums.add_weights(sum);
+    if (tape && rank == 0) sums.add_biases(call.weights);
+  };
   if (B == 0) {
-    if (tape) {
-      each_block(spec, lanes, 0, 1, [&](int64_t i, int64_t b) {
-        sums.add_rows(call.weights[i].w_ih, i, false, b, 0, spec.input_size(i / spec.D));
-        sums.add_rows(call.weights[i].w_hh, i, true, b, 0, H);
-      });
-      sums.add_biases(call.weights);
-      tape->x_sum = sums.x(), tape->weights_sum = sums.weights();
-    }
+    read_weights(0, 1);
+    if (tape) tape->x_sum = sums.x(), tape->weights_sum = sums.weights();
     return;
   }
   std::unique_ptr<Order> own_order;
@@ -384,7 +397,6 @@ void run_forward(const StackForward<T>& call, Tape<T>* tape) {
   Crew crew(
       spec, [&](int64_t l, int threads) { return forward_plan(sizes[l], this_machine(), threads); },
       [&](int threads) { return drops ? Wave{} : forward_wave(sizes, this_machine(), threads); });
-  std::unique_ptr<Panels<T>> own_panels;
   if (!call.panels) own_panels = std::make_unique<Panels<T>>(spec);
   const Panels<T>& panels = call.panels ? *call.panels : *own_panels;
 
@@ -446,16 +458,8 @@ void run_forward(const StackForward<T>& call, Tape<T>* tape) {
   }
 
   crew.run([&](int rank) {
-    if (own_panels)
-      each_block(spec, lanes, rank, crew.threads(), [&](int64_t i, int64_t b) {
-        const Weights<const T>& w = call.weights[i];
-        if (tape) sums.add_rows(w.w_ih, i, false, b, 0, spec.input_size(i / spec.D));
-        own_panels->pack_input(w, i, b);
-        if (tape) sums.add_rows(w.w_hh, i, true, b, 0, H);
-        own_panels->pack_recurrent(w, i, b);
-      });
+    read_weights(rank, crew.threads());
     if (tape) sums.add_x(call.x, order, rank, crew.threads());
-    if (tape && rank == 0) sums.add_biases(call.weights);
     crew.wait(rank);
     Trace trace("forward", rank);
     if (crew.flows()) {
@@ -550,25 +554,28 @@ void run_backward(const StackBackward<T>& call) {
   Checksums<T> now(spec);
   crew.run([&](int rank) {
     const int threads = crew.threads();
+    uint64_t sum = 0;
     for (int64_t i = 0; i < spec.count(); ++i) {
       const Weights<const T>& w = call.weights[i];
       const Transposed& t = transposed[i];
       const int64_t I = spec.input_size(i / spec.D);
-      // Each thread packs the columns that it will be the one to read, or reads whole rows where no cache keeps its part.
+      // Each thread packs some columns, which it is the one to read where units are split; or, where no cache would keep
+      // its part, it reads whole rows.
       const bool by_rows = cell.gates * H * (I + H) * int64_t(sizeof(T)) > threads * this_machine().l2_bytes;
       const auto columns = [&](int64_t n) { return Part(ceil_div(n, lanes), by_rows ? 0 : rank, by_rows ? 1 : threads); };
       const Part rows(blocks, by_rows ? rank : 0, by_rows ? threads : 1), inputs = columns(I), units = columns(H);
       for (int64_t b = rows.begin; b < rows.end; ++b) {
-        now.add_rows(w.w_ih, i, false, b, inputs.begin * lanes, inputs.end * lanes);
+        sum += now.rows(w.w_ih, i, false, b, inputs.begin * lanes, inputs.end * lanes);
         if (t.w_ih)
           k.pack_transposed(w.w_ih, H, I, cell.slot_gate + cell.input.first, cell.input.count, b, inputs.begin, inputs.end,
                             t.w_ih, t.ih_block);
-        now.add_rows(w.w_hh, i, true, b, units.begin * lanes, units.end * lanes);
+        sum += now.rows(w.w_hh, i, true, b, units.begin * lanes, units.end * lanes);
         for (int p = 0; p < cell.phases; ++p)
           k.pack_transposed(w.w_hh, H, H, cell.slot_gate + cell.recurrent[p].first, cell.recurrent[p].count, b, units.begin,
                             units.end, t.w_hh[p], t.hh_block[p]);
       }
     }
+    now.add_weights(sum);
     if (rank == 0) now.add_biases(call.weights);
     now.add_x(call.x, order, rank, threads);
   });

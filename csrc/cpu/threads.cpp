@@ -247,20 +247,20 @@ thread_local int thread_threads = 0;
 
 void Barrier::reset(int members, bool yields) {
   members_ = members, yields_ = yields;
-  if (members > room_ && members > 1) seats_ = std::make_unique<Seat[]>(members), room_ = members;
+  if (members > room_ && members > 1) member_ = std::make_unique<Member[]>(members), room_ = members;
   for (int i = 0; i < room_; ++i) {
-    seats_[i].waits = 0;
-    for (auto& round : seats_[i].told) round.store(0, std::memory_order_relaxed);
+    member_[i].waits = 0;
+    for (auto& round : member_[i].told) round.store(0, std::memory_order_relaxed);
   }
 }
 
 void Barrier::wait(int rank) {
   if (members_ == 1) return;
-  Seat& own = seats_[rank];
+  Member& own = member_[rank];
   const uint32_t now = ++own.waits;
   for (int k = 0, distance = 1; distance < members_; ++k, distance *= 2) {
     const int next = rank + distance < members_ ? rank + distance : rank + distance - members_;
-    seats_[next].told[k].store(now, std::memory_order_release);
+    member_[next].told[k].store(now, std::memory_order_release);
     // Who told us may have gone on to the next barrier already, and told us of that.
     spin_until(yields_, [&] { return int32_t(own.told[k].load(std::memory_order_acquire) - now) >= 0; });
   }

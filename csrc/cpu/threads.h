@@ -17,7 +17,7 @@ constexpr std::chrono::microseconds spin_window{200};  // how long a worker wait
 // Meeting point of `members` threads with the ranks 0, 1, .., used again and again: a dissemination barrier (Hensgen,
 // Finkel and Manber, 1988). In round k a member tells the one 2^k ranks on that it has come, and waits for word from the
 // one 2^k ranks before, so that a line passes between two cores once a round, and two members need one round.
-class Barrier {
+class alignas(64) Barrier {
  public:
   static int rounds(int members) {
     int n = 0;
@@ -29,12 +29,12 @@ class Barrier {
   void wait(int rank);
 
  private:
-  static constexpr int most_rounds = 10;  // 1024 members
-  struct alignas(64) Seat {               // of one member: what others have told it, and how often it has waited
-    std::atomic<uint32_t> told[most_rounds] = {};
-    uint32_t waits = 0;
+  static constexpr int most_rounds = 15;  // 32768 members
+  struct alignas(64) Member {
+    std::atomic<uint32_t> told[most_rounds] = {};  // by others
+    alignas(64) uint32_t waits = 0;                // its own count, on a line that nobody else writes
   };
-  std::unique_ptr<Seat[]> seats_;
+  std::unique_ptr<Member[]> member_;
   int members_ = 1, room_ = 0;
   bool yields_ = false;
 };

@@ -90,4 +90,5 @@ def override_plan(
     chunk_rows: int = 0,
     teams: int = 0,
     ranges: int = 0,
+    fused: int = 0,
 ) -> None: ...

@@ -170,7 +170,8 @@ void check_plans(const Shape& shape) {
   const Arrays<T> inferred = forward(p), trained = train(p);
   for (int threads : {1, 2, 3})
     for (const PlanOverride& plan : {PlanOverride{}, PlanOverride{1, 3, 1, 1}, PlanOverride{3, 1, 2, 20},
-                                     PlanOverride{2, 1, 3, 1 << 20}, PlanOverride{1, 2, 1 << 20, 40}}) {
+                                     PlanOverride{2, 1, 3, 1 << 20}, PlanOverride{1, 2, 1 << 20, 40},
+                                     PlanOverride{1, 1, 1, 0, 0, 0, 1}, PlanOverride{1, 2, 1, 0, 0, 0, 2}}) {
       set_local_threads(threads);
       set_plan_override(plan);
       char text[120];
