@@ -1,0 +1,267 @@
+// What decides between the ways of csrc/cuda/persistent.h, each alone and as the kernels do it: how long blocks take to
+// reach one another, and how fast a multiprocessor multiplies. Prints a table in nanoseconds and in cycles of the clock
+// that the card had. Nothing here is part of the library.
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include <algorithm>
+#include <string>
+#include <vector>
+
+#include "cuda/check.h"
+#include "cuda/device_sm90.cuh"
+#include "cuda/machine.h"
+
+namespace fusedrnn::cuda {
+namespace {
+
+constexpr int threads = 256;
+
+// ---- within a cluster
+
+__global__ void cluster_barrier(int rounds, float*) {
+#if FUSEDRNN_CLUSTERS
+  for (int i = 0; i < rounds; ++i) sync_cluster();
+#endif
+}
+
+// All blocks of a cluster of `blocks` give one another `bytes` each, and go on when they have all: a step's exchange
+// without a step. Two buffers, as in persistent.cuh.
+__global__ void cluster_exchange(int rounds, int blocks, int bytes, float*) {
+#if FUSEDRNN_CLUSTERS
+  uint64_t* barrier = shared_memory<uint64_t>();
+  unsigned char* operand = shared_memory<unsigned char>() + 128;
+  const int rank = int(blockIdx.x) % blocks, vectors = bytes / 16;
+  if (threadIdx.x == 0) {
+    for (int k = 0; k < 2; ++k) {
+      barrier_init(barrier + k);
+      barrier_expect(barrier + k, unsigned(blocks * bytes));
+    }
+    barrier_init_done();
+  }
+  sync_cluster();
+  for (int i = 0; i < rounds; ++i) {
+    for (int v = int(threadIdx.x); v < vectors * blocks; v += threads)
+      send(operand + (i % 2 * blocks + rank) * bytes + v / blocks * 16, no_words(), unsigned(v % blocks),
+           barrier + i % 2);
+    barrier_wait(barrier + i % 2, unsigned(i / 2 % 2));
+    if (threadIdx.x == 0) barrier_expect(barrier + i % 2, unsigned(blocks * bytes));
+    sync_block();
+  }
+  sync_cluster();
+#endif
+}
+
+// ---- through global memory
+
+// A store by each block, a flag, its polling by all, and the fetch of `bytes` of each of `blocks` blocks.
+__global__ void grid_exchange(int rounds, int blocks, int bytes, unsigned char* memory) {
+  int* flags = reinterpret_cast<int*>(memory);
+  unsigned char *handed = memory + 4096, *operand = shared_memory<unsigned char>();
+  const int rank = int(blockIdx.x) % blocks, lane = lane_of_thread(), warp = warp_of_thread(), warps = threads / 32;
+  const int first = blocks * warp / warps, n = blocks * (warp + 1) / warps - first;
+  for (int i = 0; i < rounds; ++i) {
+    unsigned char* buffer = handed + i % 2 * blocks * bytes;
+    for (int at = int(threadIdx.x) * 16; at < bytes; at += threads * 16)
+      store_shared_by_blocks(buffer + rank * bytes + at, no_words());
+    sync_block();
+    if (threadIdx.x == 0) store_release(flags + rank, i + 1);
+    for (int r = lane; r < n; r += 32)
+      while (load_acquire(flags + first + r) <= i) poll_pause();
+    sync_warp();
+    for (int at = lane * 16; at < n * bytes; at += 32 * 16)
+      copy_async(operand + first * bytes + at, buffer + first * bytes + at);
+    copy_async_wait();
+    sync_block();
+  }
+}
+
+// Two blocks hand one flag to and fro: a store, its sight by another block, and back.
+__global__ void flag_hop(int rounds, int* flags) {
+  if (threadIdx.x != 0) return;
+  for (int i = 0; i < rounds; ++i) {
+    if (blockIdx.x == 0) store_release(flags, i + 1);
+    while (load_acquire(flags + (blockIdx.x == 0 ? 32 : 0)) <= i) poll_pause();
+    if (blockIdx.x == 1) store_release(flags + 32, i + 1);
+  }
+}
+
+// ---- within a block
+
+__global__ void block_barrier(int rounds, float*) {
+  for (int i = 0; i < rounds; ++i) sync_block();
+}
+
+// 16 x 8 x 16 products of 16-bit numbers from registers, `chains` sums at once, by all warps.
+template <int chains>
+__global__ void multiply(int rounds, float* out) {
+  float d[chains][4] = {};
+  const uint32_t a = threadIdx.x, b = blockIdx.x;
+  for (int i = 0; i < rounds; ++i)
+#pragma unroll
+    for (int c = 0; c < chains; ++c) mma(__nv_bfloat16(), d[c], a, a, a, a, b, b);
+  float sum = 0;
+#pragma unroll
+  for (int c = 0; c < chains; ++c) sum += d[c][0] + d[c][1] + d[c][2] + d[c][3];
+  if (sum == 1) *out = sum;
+}
+
+// Fused multiply-adds of float32 from registers.
+__global__ void multiply_float(int rounds, float* out) {
+  constexpr int chains = 16;
+  float d[chains] = {};
+  const float a = float(threadIdx.x), b = float(blockIdx.x);
+  for (int i = 0; i < rounds; ++i)
+#pragma unroll
+    for (int c = 0; c < chains; ++c) d[c] = fmaf(d[c], a, b);
+  float sum = 0;
+#pragma unroll
+  for (int c = 0; c < chains; ++c) sum += d[c];
+  if (sum == 1) *out = sum;
+}
+
+// 16 bytes a thread and round from shared memory, as weights that are in no register are read.
+__global__ void read_shared(int rounds, float* out) {
+  const Words* p = shared_memory<Words>();
+  uint32_t sum = 0;
+  for (int i = 0; i < rounds; ++i) {
+    const Words v = p[(i * threads + int(threadIdx.x)) % (4 * threads)];
+    sum += v.w[0] ^ v.w[1] ^ v.w[2] ^ v.w[3];
+  }
+  if (sum == 1) *out = 1;
+}
+
+// ---- host
+
+struct Table {
+  int rounds, repeats;
+  double mhz;
+  unsigned char* memory;
+  size_t memory_bytes;
+
+  // Microseconds of a launch: the median of `repeats`.
+  template <class Run>
+  double median(Run run) const {
+    std::vector<float> times;
+    cudaEvent_t begin, end;
+    FUSEDRNN_CUDA(cudaEventCreate(&begin));
+    FUSEDRNN_CUDA(cudaEventCreate(&end));
+    for (int i = 0; i < repeats + 2; ++i) {  // two to warm up
+      FUSEDRNN_CUDA(cudaMemset(memory, 0, memory_bytes));
+      FUSEDRNN_CUDA(cudaEventRecord(begin, nullptr));
+      run();
+      FUSEDRNN_CUDA(cudaEventRecord(end, nullptr));
+      FUSEDRNN_CUDA(cudaEventSynchronize(end));
+      float ms = 0;
+      FUSEDRNN_CUDA(cudaEventElapsedTime(&ms, begin, end));
+      if (i >= 2) times.push_back(ms);
+    }
+    FUSEDRNN_CUDA(cudaEventDestroy(begin));
+    FUSEDRNN_CUDA(cudaEventDestroy(end));
+    std::sort(times.begin(), times.end());
+    return times[times.size() / 2] * 1e3;
+  }
+
+  // Time of a round: of 2 * rounds less that of rounds, so that launch and start fall out. amount: of `unit` in a
+  // round.
+  template <class Kernel, class... Args>
+  void row(const std::string& what, const Launch& how, Kernel kernel, double amount, const char* unit,
+           Args... args) const {
+    const auto run = [&](int n) { return [&, n] { launch("latency", how, kernel, n, args...); }; };
+    try {
+      const double ns = (median(run(2 * rounds)) - median(run(rounds))) * 1e3 / rounds;
+      printf("%-58s %9.1f ns %9.0f cycles", what.c_str(), ns, ns * mhz / 1e3);
+      if (amount > 0 && ns > 0) printf(" %10.1f %s/cycle", amount / (ns * mhz / 1e3), unit);
+      printf("\n");
+    } catch (const Error& error) {
+      printf("%-58s not run: %s\n", what.c_str(), error.what());
+      cudaGetLastError();
+    }
+  }
+};
+
+int run(int rounds, int repeats) {
+  const Machine& machine = machine_of(0);
+  int khz = 0;
+  if (cudaDeviceGetAttribute(&khz, cudaDevAttrClockRate, 0) != cudaSuccess || khz == 0) khz = 1000000;
+  Table table{rounds, repeats, khz / 1e3, nullptr, 8 << 20};
+  FUSEDRNN_CUDA(cudaMalloc(&table.memory, table.memory_bytes));
+  float* out = reinterpret_cast<float*>(table.memory);
+  int driver = 0, runtime = 0;
+  cudaDriverGetVersion(&driver);
+  cudaRuntimeGetVersion(&runtime);
+  printf("%s, %d multiprocessors, driver %d, runtime %d; cycles of %.0f MHz, the highest clock\n", machine.name.c_str(),
+         machine.processors, driver, runtime, table.mhz);
+
+  table.row("barrier of a block of 256", {1, threads}, block_barrier, 0, "", out);
+  for (const int blocks : {2, 4, 8, 16}) {
+    if (blocks > machine.max_cluster) continue;
+    Launch how{unsigned(blocks), threads, 160 << 10};
+    how.cluster = blocks;
+    const std::string of = " of " + std::to_string(blocks);
+    table.row("cluster" + of + ": barrier", how, cluster_barrier, 0, "", out);
+    for (const int bytes : {64, 512, 2048, 4096})
+      table.row("cluster" + of + ": each gives all " + std::to_string(bytes) + " bytes", how, cluster_exchange,
+                double(bytes) * blocks, "bytes", blocks, bytes, out);
+    Launch full = how;
+    full.grid = dim3(unsigned(machine.processors / blocks * blocks));
+    table.row("the same, 2048 bytes, as many clusters as there are", full, cluster_exchange, 2048.0 * blocks, "bytes",
+              blocks, 2048, out);
+    cudaLaunchAttribute attribute;
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim = {unsigned(blocks), 1, 1};
+    cudaLaunchConfig_t config{};
+    config.gridDim = full.grid, config.blockDim = threads, config.dynamicSmemBytes = full.shared;
+    config.attrs = &attribute, config.numAttrs = 1;
+    int clusters = 0;
+    if (blocks > 8)
+      FUSEDRNN_CUDA(cudaFuncSetAttribute(cluster_exchange, cudaFuncAttributeNonPortableClusterSizeAllowed, 1));
+    FUSEDRNN_CUDA(
+        cudaFuncSetAttribute(cluster_exchange, cudaFuncAttributeMaxDynamicSharedMemorySize, int(full.shared)));
+    cudaOccupancyMaxActiveClusters(&clusters, cluster_exchange, &config);
+    printf("cluster%s: %d of them are resident at once\n", of.c_str(), clusters);
+  }
+  {
+    Launch two{2, 32};
+    two.cooperative = true;
+    table.row("flag between two blocks, there and back", two, flag_hop, 0, "", reinterpret_cast<int*>(table.memory));
+  }
+  for (const int blocks : {16, 32, 64, 128}) {
+    if (blocks > machine.processors) continue;
+    for (const int bytes : {64, 256, 1024}) {
+      Launch how{unsigned(blocks), threads, size_t(160) << 10};
+      how.cooperative = true;
+      if (size_t(blocks) * bytes <= how.shared)
+        table.row("grid of " + std::to_string(blocks) + ": each gives all " + std::to_string(bytes) + " bytes", how,
+                  grid_exchange, double(bytes) * blocks, "bytes", blocks, bytes, table.memory);
+    }
+  }
+  const double products = 16 * 8 * 16 * (threads / 32);
+  table.row("mma of 8 warps, one sum each", {1, threads}, multiply<1>, products, "products", out);
+  table.row("mma of 8 warps, two sums each", {1, threads}, multiply<2>, 2 * products, "products", out);
+  table.row("mma of 8 warps, four sums each", {1, threads}, multiply<4>, 4 * products, "products", out);
+  table.row("mma of 8 warps, eight sums each", {1, threads}, multiply<8>, 8 * products, "products", out);
+  table.row("float32 multiply-adds of 8 warps, 16 sums each", {1, threads}, multiply_float, 16.0 * threads, "products",
+            out);
+  table.row("shared memory read by 8 warps", {1, threads, 64 << 10}, read_shared, 16.0 * threads, "bytes", out);
+  FUSEDRNN_CUDA(cudaFree(table.memory));
+  return 0;
+}
+
+}  // namespace
+}  // namespace fusedrnn::cuda
+
+int main(int argc, char** argv) {
+  const int rounds = argc > 1 ? atoi(argv[1]) : 2000, repeats = argc > 2 ? atoi(argv[2]) : 15;
+  if (rounds < 1 || repeats < 1) {
+    fprintf(stderr, "usage: %s [rounds, 2000] [repeats, 15]\n", argv[0]);
+    return 2;
+  }
+  try {
+    return fusedrnn::cuda::run(rounds, repeats);
+  } catch (const std::exception& error) {
+    fprintf(stderr, "%s\n", error.what());
+    return 1;
+  }
+}

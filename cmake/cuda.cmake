@@ -1,0 +1,120 @@
+# The kernels for GPUs: library fusedrnn_cuda, where FUSEDRNN_CUDA and the machine say so. FUSEDRNN_HAS_CUDA tells.
+set(FUSEDRNN_HAS_CUDA OFF)
+set(cuda "${FUSEDRNN_CUDA}")
+if(NOT cuda MATCHES "^(AUTO|ON|OFF|EMULATED)$")
+  message(FATAL_ERROR "FUSEDRNN_CUDA must be AUTO, ON, OFF or EMULATED, got ${cuda}")
+endif()
+if(cuda STREQUAL "AUTO")
+  find_program(FUSEDRNN_NVCC nvcc HINTS ENV CUDACXX ENV CUDA_PATH ENV CUDA_HOME PATH_SUFFIXES bin)
+  mark_as_advanced(FUSEDRNN_NVCC)
+  set(cuda OFF)
+  if(FUSEDRNN_NVCC AND NOT CMAKE_CROSSCOMPILING)
+    include(CheckLanguage)
+    check_language(CUDA)
+    if(CMAKE_CUDA_COMPILER)
+      set(cuda ON)
+    endif()
+  endif()
+endif()
+
+if(cuda STREQUAL "OFF")
+  message(STATUS "fusedrnn: no kernels for GPUs (FUSEDRNN_CUDA=${FUSEDRNN_CUDA})")
+  return()
+endif()
+
+set(cuda_sources
+  csrc/cuda/check.cpp
+  csrc/cuda/clusters.cu
+  csrc/cuda/elementwise.cu
+  csrc/cuda/machine.cpp
+  csrc/cuda/memory.cpp
+  csrc/cuda/persistent_bf16.cu
+  csrc/cuda/persistent_f16.cu
+  csrc/cuda/persistent_f32.cu
+  csrc/cuda/persistent_plan.cpp
+  csrc/cuda/plan.cpp
+  csrc/cuda/stack.cu
+  csrc/cuda/step.cu
+  csrc/cuda/step_bf16.cu
+  csrc/cuda/step_f16.cu
+  csrc/cuda/step_f32.cu
+  csrc/cuda/step_f64.cu
+  csrc/cuda/strided.cu)
+
+add_library(fusedrnn_cuda STATIC ${cuda_sources})
+target_include_directories(fusedrnn_cuda PUBLIC csrc)
+# INTERFACE: who links it needs the core; compiling it does not.
+target_link_libraries(fusedrnn_cuda INTERFACE fusedrnn_core ${CMAKE_DL_LIBS})
+
+if(cuda STREQUAL "EMULATED")
+  set(cuda_kernels ${cuda_sources})
+  list(FILTER cuda_kernels INCLUDE REGEX "\\.cu$")
+  set_source_files_properties(${cuda_kernels} PROPERTIES LANGUAGE CXX)
+  target_sources(fusedrnn_cuda PRIVATE
+    tests/native/cuda_emulation/blas_emulated.cpp
+    tests/native/cuda_emulation/cuda_runtime.cpp
+    tests/native/cuda_emulation/emulator.cpp)
+  target_include_directories(fusedrnn_cuda SYSTEM PUBLIC tests/native/cuda_emulation)
+  target_compile_definitions(fusedrnn_cuda PUBLIC FUSEDRNN_EMULATED)
+  target_compile_options(fusedrnn_cuda PRIVATE -Wall -Wextra -Wno-unknown-pragmas -ffp-contract=off)
+  if(FUSEDRNN_TESTS)
+    enable_testing()
+    foreach(name emulator persistent)
+      add_executable(test_${name} tests/native/test_${name}.cpp)
+      target_link_libraries(test_${name} PRIVATE fusedrnn_cuda)
+      target_compile_options(test_${name} PRIVATE -Wall -Wextra)
+      add_test(NAME ${name} COMMAND test_${name})
+      set_tests_properties(${name} PROPERTIES TIMEOUT 300)
+    endforeach()
+  endif()
+else()
+  target_sources(fusedrnn_cuda PRIVATE csrc/cuda/blas.cpp)
+  set(CMAKE_CUDA_STANDARD 17)
+  set(CMAKE_CUDA_STANDARD_REQUIRED ON)
+  set(CMAKE_CUDA_RUNTIME_LIBRARY Static)
+  if(NOT CMAKE_CUDA_ARCHITECTURES)
+    set(CMAKE_CUDA_ARCHITECTURES 80-real 90)  # 90: also PTX, for later ones
+  endif()
+  enable_language(CUDA)
+  find_package(CUDAToolkit REQUIRED)
+  set_target_properties(fusedrnn_cuda PROPERTIES POSITION_INDEPENDENT_CODE ON CUDA_ARCHITECTURES "${CMAKE_CUDA_ARCHITECTURES}")
+  # The compiler fuses nothing on the CPU, and here only what the cells' fma says.
+  target_compile_options(fusedrnn_cuda PRIVATE
+    $<$<COMPILE_LANGUAGE:CUDA>:--fmad=false --expt-relaxed-constexpr -Xcompiler=-Wall>
+    $<$<COMPILE_LANGUAGE:CXX>:-Wall -Wextra>)
+  target_link_libraries(fusedrnn_cuda PUBLIC CUDA::cudart_static)
+endif()
+if(FUSEDRNN_TESTS)
+  enable_testing()
+  add_executable(test_cuda tests/native/test_cuda.cpp)
+  target_link_libraries(test_cuda PRIVATE fusedrnn_cuda)
+  if(cuda STREQUAL "EMULATED")
+    target_compile_options(test_cuda PRIVATE -Wall -Wextra)
+  else()
+    set_source_files_properties(tests/native/test_cuda.cpp PROPERTIES LANGUAGE CUDA)
+  endif()
+  add_test(NAME cuda COMMAND test_cuda)
+  add_test(NAME cuda_shuffled COMMAND test_cuda)
+  set_tests_properties(cuda cuda_shuffled PROPERTIES SKIP_RETURN_CODE 77 TIMEOUT 900)
+  set_tests_properties(cuda_shuffled PROPERTIES ENVIRONMENT EMULATED_SEED=1)
+endif()
+if(FUSEDRNN_BENCH)
+  add_executable(cuda_latency bench/native/cuda_latency.cu)
+  target_link_libraries(cuda_latency PRIVATE fusedrnn_cuda)
+  if(cuda STREQUAL "EMULATED")
+    set_source_files_properties(bench/native/cuda_latency.cu PROPERTIES LANGUAGE CXX)
+    target_compile_options(cuda_latency PRIVATE -Wall -Wextra -Wno-unknown-pragmas)
+    if(FUSEDRNN_TESTS)
+      add_test(NAME cuda_latency COMMAND cuda_latency 2 1)
+      set_tests_properties(cuda_latency PROPERTIES TIMEOUT 300)
+    endif()
+  else()
+    target_compile_options(cuda_latency PRIVATE --expt-relaxed-constexpr)
+  endif()
+endif()
+set(FUSEDRNN_HAS_CUDA ON)
+string(REPLACE ";" ", " FUSEDRNN_CUDA_BUILT_FOR "${CMAKE_CUDA_ARCHITECTURES}")
+if(cuda STREQUAL "EMULATED")
+  set(FUSEDRNN_CUDA_BUILT_FOR "emulation")
+endif()
+message(STATUS "fusedrnn: kernels for GPUs, ${cuda}")

@@ -1,0 +1,67 @@
+// How a failed CUDA call becomes an exception, and how kernels are launched so that none goes unchecked.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <stdexcept>
+#include <string>
+
+namespace fusedrnn::cuda {
+
+// A call that CUDA refused. An asynchronous failure of a kernel surfaces at some later call: the text then also names
+// the kernel that was launched last.
+class Error : public std::runtime_error {
+ public:
+  Error(cudaError_t code, const std::string& text) : std::runtime_error(text), code(code) {}
+  const cudaError_t code;
+};
+
+class OutOfMemory : public Error {
+ public:
+  using Error::Error;
+};
+
+[[noreturn]] void fail(cudaError_t code, const char* call);
+void note_launch(const char* kernel);  // for the texts of later errors
+
+inline void check(cudaError_t code, const char* call) {
+  if (code != cudaSuccess) fail(code, call);
+}
+#define FUSEDRNN_CUDA(call) ::fusedrnn::cuda::check(call, #call)
+
+struct Launch {
+  dim3 grid, block;
+  size_t shared = 0;  // bytes
+  cudaStream_t stream = nullptr;
+  int cluster = 1;           // blocks, along x
+  bool cooperative = false;  // all blocks are resident
+};
+
+template <class... Params, class... Args>
+void launch(const char* name, const Launch& how, void (*kernel)(Params...), const Args&... args) {
+  if (how.shared > 48 << 10) {  // all that there is: another thread may launch the same kernel with less
+    int device = 0, most = 0;
+    check(cudaGetDevice(&device), name);
+    check(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), name);
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most), name);
+  }
+  if (how.cluster > 8) check(cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1), name);
+  cudaLaunchAttribute attributes[2];
+  cudaLaunchConfig_t config{};
+  config.gridDim = how.grid, config.blockDim = how.block, config.dynamicSmemBytes = how.shared;
+  config.stream = how.stream, config.attrs = attributes;
+  if (how.cluster > 1) {
+    attributes[config.numAttrs].id = cudaLaunchAttributeClusterDimension;
+    attributes[config.numAttrs].val.clusterDim = {unsigned(how.cluster), 1, 1};
+    ++config.numAttrs;
+  }
+  if (how.cooperative) {
+    attributes[config.numAttrs].id = cudaLaunchAttributeCooperative;
+    attributes[config.numAttrs].val.cooperative = 1;
+    ++config.numAttrs;
+  }
+  note_launch(name);
+  check(cudaLaunchKernelEx(&config, kernel, Params(args)...), name);
+}
+
+}  // namespace fusedrnn::cuda

@@ -1,0 +1,53 @@
+#include "cuda/machine.h"
+
+#include <map>
+#include <mutex>
+
+#include "cuda/check.h"
+
+namespace fusedrnn::cuda {
+namespace {
+
+Machine ask(int device) {
+  const auto get = [&](cudaDeviceAttr what) {
+    int value = 0;
+    FUSEDRNN_CUDA(cudaDeviceGetAttribute(&value, what, device));
+    return value;
+  };
+  Machine m;
+  cudaDeviceProp properties;
+  FUSEDRNN_CUDA(cudaGetDeviceProperties(&properties, device));
+  m.name = properties.name;
+  m.major = get(cudaDevAttrComputeCapabilityMajor), m.minor = get(cudaDevAttrComputeCapabilityMinor);
+  if (m.major < 8)
+    throw Error(cudaErrorNotSupported, "fusedrnn needs a GPU of compute capability 8.0 or newer; device " +
+                                           std::to_string(device) + ", " + m.name + ", has " + std::to_string(m.major) +
+                                           "." + std::to_string(m.minor));
+  m.processors = get(cudaDevAttrMultiProcessorCount);
+  m.shared_per_block = get(cudaDevAttrMaxSharedMemoryPerBlockOptin);
+  m.shared_per_processor = get(cudaDevAttrMaxSharedMemoryPerMultiprocessor);
+  m.registers = get(cudaDevAttrMaxRegistersPerMultiprocessor);
+  m.l2_bytes = get(cudaDevAttrL2CacheSize);
+  const int most = m.major >= 9 && get(cudaDevAttrClusterLaunch) ? 16 : 0;
+  int before = 0;  // what follows is asked of the current device
+  FUSEDRNN_CUDA(cudaGetDevice(&before));
+  FUSEDRNN_CUDA(cudaSetDevice(device));
+  for (int i = 0; 1 << i <= most; ++i) {
+    m.clusters[i] = resident_clusters(1 << i, m.processors, int(m.shared_per_block));
+    if (m.clusters[i] > 0) m.max_cluster = 1 << i;
+  }
+  FUSEDRNN_CUDA(cudaSetDevice(before));
+  return m;
+}
+
+}  // namespace
+
+const Machine& machine_of(int device) {
+  static std::mutex mutex;
+  static std::map<int, Machine> machines;
+  const std::lock_guard<std::mutex> lock(mutex);
+  const auto found = machines.find(device);
+  return found != machines.end() ? found->second : machines.emplace(device, ask(device)).first->second;
+}
+
+}  // namespace fusedrnn::cuda

@@ -1,0 +1,26 @@
+// What a plan must know of a device: a pure value, so that plans for any card can be made on any machine.
+#pragma once
+
+#include <stdint.h>
+
+#include <string>
+
+namespace fusedrnn::cuda {
+
+struct Machine {
+  std::string name;
+  int major = 0, minor = 0;          // compute capability
+  int processors = 0;                // streaming multiprocessors
+  int64_t shared_per_block = 0;      // bytes, the most that a block may ask for
+  int64_t shared_per_processor = 0;  // bytes
+  int64_t registers = 0;             // of 32 bits, per processor
+  int64_t l2_bytes = 0;
+  int max_cluster = 1;   // blocks
+  int clusters[5] = {};  // of 1, 2, 4, 8 and 16 blocks, a processor each: how many are resident at once
+};
+
+int resident_clusters(int blocks, int processors, int shared_bytes);  // clusters.cu
+
+const Machine& machine_of(int device);  // asked once; throws Error where it is missing or too old
+
+}  // namespace fusedrnn::cuda

@@ -1,0 +1,98 @@
+#include "cuda/memory.h"
+
+#include <stdlib.h>
+
+#include <atomic>
+#include <map>
+#include <mutex>
+
+#include "cpu/memory.h"
+#include "cuda/check.h"
+
+namespace fusedrnn::cuda {
+namespace {
+
+constexpr size_t alignment = 256;
+std::atomic<bool> forked{false};
+
+cudaMemPool_t pool_of(int device) {
+  static std::mutex mutex;
+  static std::map<int, cudaMemPool_t> pools;
+  const std::lock_guard<std::mutex> lock(mutex);
+  cudaMemPool_t& pool = pools[device];
+  if (pool) return pool;
+  cudaMemPoolProps properties{};
+  properties.allocType = cudaMemAllocationTypePinned;
+  properties.location.type = cudaMemLocationTypeDevice;
+  properties.location.id = device;
+  cudaMemPool_t made;
+  FUSEDRNN_CUDA(cudaMemPoolCreate(&made, &properties));
+  uint64_t keep = kept_bytes();
+  FUSEDRNN_CUDA(cudaMemPoolSetAttribute(made, cudaMemPoolAttrReleaseThreshold, &keep));
+  return pool = made;
+}
+
+}  // namespace
+
+void set_forked() { forked.store(true, std::memory_order_relaxed); }
+bool is_forked() { return forked.load(std::memory_order_relaxed); }
+
+uint64_t kept_bytes() {
+  static const uint64_t bytes = [] {
+    const char* text = getenv("FUSEDRNN_CUDA_POOL_BYTES");
+    return text && *text ? strtoull(text, nullptr, 10) : uint64_t(256) << 20;
+  }();
+  return bytes;
+}
+
+OnDevice::OnDevice(int device) {
+  FUSEDRNN_CUDA(cudaGetDevice(&before_));
+  FUSEDRNN_CUDA(cudaSetDevice(device));
+}
+OnDevice::~OnDevice() { cudaSetDevice(before_); }
+
+void Arena::place(void** pointer, std::initializer_list<int64_t> sizes, size_t element) {
+  const size_t bytes = checked_product(sizes) * element;
+  places_.push_back({pointer, total_});
+  total_ +=
+      (bytes + alignment - 1) / alignment * alignment + (bytes == 0 ? alignment : 0);  // an empty array has an address
+}
+
+void Arena::allocate(int device, CUstream_st* stream) {
+  if (places_.empty()) return;
+  device_ = device, stream_ = stream;
+  void* data;
+  const cudaError_t code = cudaMallocFromPoolAsync(&data, total_, pool_of(device), stream);
+  if (code == cudaErrorMemoryAllocation) {
+    size_t free = 0, all = 0;
+    cudaGetLastError();
+    cudaMemGetInfo(&free, &all);
+    throw OutOfMemory(code, "CUDA: out of memory on device " + std::to_string(device) + ": " + std::to_string(total_) +
+                                " bytes were asked for, " + std::to_string(free) + " of " + std::to_string(all) +
+                                " are free");
+  }
+  check(code, "cudaMallocFromPoolAsync");
+  data_ = data;
+  for (const Place& p : places_) *p.pointer = static_cast<char*>(data_) + p.offset;
+  places_.clear();
+}
+
+Arena& Arena::operator=(Arena&& other) noexcept {
+  std::swap(places_, other.places_);
+  std::swap(total_, other.total_);
+  std::swap(data_, other.data_);
+  std::swap(device_, other.device_);
+  std::swap(stream_, other.stream_);
+  return *this;
+}
+
+Arena::~Arena() {
+  if (!data_ || is_forked()) return;
+  int before = device_;  // the legacy stream is the current device's
+  cudaGetDevice(&before);
+  if (before != device_) cudaSetDevice(device_);
+  cudaFreeAsync(data_, stream_);  // an error here is one of the context's, which the next call reports
+  if (before != device_) cudaSetDevice(before);
+}
+
+}  // namespace fusedrnn::cuda

@@ -1,0 +1,62 @@
+// Device memory of one call: allocated and freed in the order of a stream, from a pool of our own that keeps what is
+// freed, up to a limit, for the next call.
+#pragma once
+
+#include <stddef.h>
+#include <stdint.h>
+
+#include <vector>
+
+struct CUstream_st;
+
+namespace fusedrnn::cuda {
+
+// Several arrays in one allocation: want() each, then allocate() sets all the pointers. Throws OutOfMemory.
+class Arena {
+ public:
+  Arena() = default;
+  Arena(Arena&& other) noexcept { *this = static_cast<Arena&&>(other); }
+  Arena& operator=(Arena&& other) noexcept;
+  ~Arena();  // frees in the stream; what was launched into it before may still use the memory
+
+  template <class T>
+  void want(T** pointer, std::initializer_list<int64_t> sizes) {
+    place(const_cast<void**>(reinterpret_cast<const void* const*>(pointer)), sizes, sizeof(T));
+  }
+  void want_bytes(void** pointer, int64_t bytes) { place(pointer, {bytes}, 1); }
+  void allocate(int device, CUstream_st* stream);
+  size_t bytes() const { return total_; }
+
+ private:
+  void place(void** pointer, std::initializer_list<int64_t> sizes, size_t element);
+  struct Place {
+    void** pointer;
+    size_t offset;
+  };
+  std::vector<Place> places_;
+  size_t total_ = 0;
+  void* data_ = nullptr;
+  int device_ = 0;
+  CUstream_st* stream_ = nullptr;
+};
+
+// Makes `device` the current one of this thread while it lives.
+class OnDevice {
+ public:
+  explicit OnDevice(int device);
+  ~OnDevice();
+  OnDevice(const OnDevice&) = delete;
+  OnDevice& operator=(const OnDevice&) = delete;
+
+ private:
+  int before_ = 0;
+};
+
+// A forked process must not call CUDA: from set_forked() on nothing is freed.
+void set_forked();
+bool is_forked();
+
+// From FUSEDRNN_CUDA_POOL_BYTES, or 256 MiB: what the pool of each device keeps.
+uint64_t kept_bytes();
+
+}  // namespace fusedrnn::cuda

@@ -1,0 +1,5 @@
+#include "cuda/persistent.cuh"
+
+namespace fusedrnn::cuda {
+FUSEDRNN_PERSISTENT(__nv_bfloat16)
+}  // namespace fusedrnn::cuda

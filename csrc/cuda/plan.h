@@ -1,0 +1,34 @@
+// Which path a layer takes on a GPU, and why: a pure, printable value of the shape and the machine.
+#pragma once
+
+#include <string>
+
+#include "cuda/dtype.h"
+#include "cuda/machine.h"
+#include "cuda/persistent.h"
+
+namespace fusedrnn::cuda {
+
+enum class Path { per_step, persistent };
+
+struct LayerPlan {
+  Path path;
+  PersistentPlan persistent;  // where that is the path
+  std::string reason;
+};
+
+// at_once: how many such layers run side by side, in streams of their own.
+LayerPlan layer_plan(const CellInfo& cell, DType dtype, bool backward, int64_t H, int64_t batch, int64_t rows,
+                     bool tf32, int at_once, const Machine& machine);
+
+std::string describe(const LayerPlan& plan);
+
+// Steps whose input projection, of `bytes_per_step` each, is there at once.
+int64_t chunk_steps(int64_t steps, int64_t bytes_per_step);
+
+// For tests: the path that layers take where they can, or -1 for the plan's own choice. Process-wide.
+void set_path_override(int path);
+int path_override();
+void set_chunk_override(int64_t steps);  // 0: as chunk_steps finds
+
+}  // namespace fusedrnn::cuda

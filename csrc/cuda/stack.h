@@ -1,0 +1,76 @@
+// A stack of layers on a GPU: the sibling of cpu/stack.h. All arrays are device memory of one device, everything runs
+// on one stream of the caller's and returns at once; nothing of a call is freed before the stream has passed it.
+#pragma once
+
+#include <memory>
+#include <vector>
+
+#include "cuda/dtype.h"
+#include "order.h"
+#include "spec.h"
+
+struct CUstream_st;
+
+namespace fusedrnn::cuda {
+
+using Stream = CUstream_st*;  // cudaStream_t
+
+struct Weights {  // one layer's parameters in one direction, or their gradients, C-contiguous, of the call's type
+  void *w_ih, *w_hh, *b_ih, *b_hh;  // (gates*H, in), (gates*H, H), (gates*H) twice; the biases may be null
+};
+
+struct Sequence {  // a (T, B, width) array with strides in elements
+  void* data = nullptr;
+  int64_t step = 0, row = 0, column = 1;
+};
+
+struct Options {
+  bool tf32 = false;          // products of float32 may round their factors to TF32
+  bool deterministic = true;  // always; here so that a reader sees it
+};
+
+// What a training forward keeps for its backward passes. Freed on the stream it was made on.
+class Tape;
+
+struct StackForward {
+  Spec spec;
+  DType dtype;
+  Options options;
+  int device;
+  Stream stream;
+  int64_t T_, B;
+  std::vector<Weights> weights;  // L*D: layer by layer, forward direction first
+  Sequence x, y;
+  const void* state[max_states];  // (L*D, B, H), or null for zeros
+  void* final_state[max_states];
+  const int64_t* lengths;  // (B) in host memory, or null
+  double dropout;          // used where training
+  uint64_t seed;
+};
+
+struct StackBackward {
+  Spec spec;
+  DType dtype;
+  Options options;
+  int device;
+  Stream stream;
+  std::vector<Weights> weights;
+  const Tape* tape;
+  Sequence x, dy;  // dy.data null: zeros
+  const void* dfinal_state[max_states];
+  Sequence dx;                    // null: not wanted
+  void* dstate[max_states];       // null: not wanted
+  std::vector<Weights> dweights;  // empty: not wanted
+  bool adds;                      // to dx, dstate and dweights
+};
+
+// Both throw Error (check.h) for a failed CUDA call; then nothing of the caller's is in an undefined place but outputs.
+std::shared_ptr<Tape> run_forward(const StackForward& call, bool training);  // null for inference
+
+// Throws std::runtime_error, with nothing written, if x or the weights are not what the tape was made from. This waits
+// for two checksums to come from the device.
+void run_backward(const StackBackward& call);
+
+int64_t tape_bytes(const Tape& tape);
+
+}  // namespace fusedrnn::cuda

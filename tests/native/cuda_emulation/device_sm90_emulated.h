@@ -1,0 +1,111 @@
+// The twins of csrc/cuda/device_sm90.cuh, which says what each does.
+#pragma once
+
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "emulator.h"
+
+namespace fusedrnn::cuda {
+
+inline float emulated_number(__half, uint32_t word, int part) {
+  __half h;
+  const uint16_t bits = uint16_t(word >> (16 * part));
+  memcpy(&h, &bits, sizeof h);
+  return __half2float(h);
+}
+inline float emulated_number(__nv_bfloat16, uint32_t word, int part) {
+  return __bfloat162float({uint16_t(word >> (16 * part))});
+}
+inline float emulated_number(Tf32, uint32_t word, int) {
+  word &= ~0x1fffu;  // the unit drops the bits that TF32 has not
+  float f;
+  memcpy(&f, &word, sizeof f);
+  return f;
+}
+
+struct EmulatedFactors {
+  uint32_t a[4], b[2];
+};
+
+template <class Number>
+inline void mma(Number, float (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) {
+  constexpr int parts = std::is_same_v<Number, Tf32> ? 1 : 2;
+  const int g = emulated::current->lane / 4, q = emulated::current->lane % 4;
+  emulated::exchange(EmulatedFactors{{a0, a1, a2, a3}, {b0, b1}}, [&](auto of_lane) {
+    for (int k = 0; k < 4; ++k) {
+      const EmulatedFactors a = of_lane(4 * g + k);
+      for (int i = 0; i < 4; ++i) {
+        const EmulatedFactors b = of_lane(4 * (2 * q + i % 2) + k);
+        for (int half = 0; half < 2; ++half)
+          for (int part = 0; part < parts; ++part)
+            d[i] += emulated_number(Number(), a.a[2 * half + i / 2], part) * emulated_number(Number(), b.b[half], part);
+      }
+    }
+    return 0;
+  });
+}
+inline float as_float(uint32_t x) {
+  float f;
+  memcpy(&f, &x, sizeof f);
+  return f;
+}
+inline uint32_t round_to_tf32(uint32_t x) { return (x & 0x7f800000u) == 0x7f800000u ? x : (x + 0x1000u) & ~0x1fffu; }
+
+inline void copy_async(void* to, const void* from) { *static_cast<Words*>(to) = *static_cast<const Words*>(from); }
+inline void copy_async_wait() {}
+inline void store_shared_by_blocks(void* p, Words v) { *static_cast<Words*>(p) = v; }
+inline int load_acquire(const int* p) { return *p; }
+inline void store_release(int* p, int v) { *p = v; }
+inline void poll_pause() { emulated::yield(); }
+
+inline void sync_cluster() { emulated::meet(emulated::current->block->cluster->meeting); }
+
+struct EmulatedBarrier {
+  int32_t bytes;     // still to come; below 0 if they came before they were expected
+  int16_t arrivals;  // still to come
+  int16_t parity;    // of the phase that runs
+};
+static_assert(sizeof(EmulatedBarrier) == sizeof(uint64_t), "it takes the place of a barrier");
+
+inline void emulated_turn(EmulatedBarrier& b) {
+  if (b.arrivals == 0 && b.bytes == 0) b.arrivals = 1, b.parity ^= 1;
+}
+inline EmulatedBarrier& emulated_barrier(uint64_t* barrier) { return *reinterpret_cast<EmulatedBarrier*>(barrier); }
+
+inline void barrier_init(uint64_t* barrier) { emulated_barrier(barrier) = {0, 1, 0}; }
+inline void barrier_init_done() {}
+inline void barrier_expect(uint64_t* barrier, unsigned bytes) {
+  EmulatedBarrier& b = emulated_barrier(barrier);
+  if (b.arrivals == 0) {
+    fprintf(stderr, "emulator: a barrier got a second arrival in one phase\n");
+    abort();
+  }
+  b.bytes += int(bytes), --b.arrivals;
+  emulated_turn(b);
+}
+inline void barrier_wait(uint64_t* barrier, unsigned parity) {
+  struct Awaited {
+    const EmulatedBarrier* barrier;
+    int parity;
+  } awaited{&emulated_barrier(barrier), int(parity)};
+  emulated::wait_until(
+      [](const void* p) {
+        const Awaited* a = static_cast<const Awaited*>(p);
+        return a->barrier->parity != a->parity;
+      },
+      &awaited);
+}
+
+inline void send(void* p, Words v, unsigned rank, uint64_t* barrier) {
+  const emulated::Block& block = *emulated::current->block;
+  unsigned char* peer = block.cluster->blocks[rank]->shared;
+  *reinterpret_cast<Words*>(peer + (static_cast<unsigned char*>(p) - block.shared)) = v;
+  EmulatedBarrier& b =
+      *reinterpret_cast<EmulatedBarrier*>(peer + (reinterpret_cast<unsigned char*>(barrier) - block.shared));
+  b.bytes -= 16;
+  emulated_turn(b);
+}
+
+}  // namespace fusedrnn::cuda

@@ -1,0 +1,298 @@
+#include "emulator.h"
+
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+
+#include <memory>
+#include <mutex>
+#include <numeric>
+#include <vector>
+
+#if !defined(__x86_64__)
+#include <ucontext.h>
+#endif
+
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/common_interface_defs.h>
+#endif
+
+namespace emulated {
+
+Thread* current = nullptr;
+Index threadIdx, blockIdx, blockDim, gridDim;
+
+namespace {
+
+constexpr size_t stack_bytes = 128 << 10;
+
+// Saves what a function must preserve, and goes on on another stack.
+#if defined(__x86_64__)
+struct Context {
+  void* stack_pointer = nullptr;
+};
+extern "C" void emulated_switch(void** save, void* load);
+asm(R"(
+.text
+.globl emulated_switch
+.type emulated_switch, @function
+emulated_switch:
+  pushq %rbp
+  pushq %rbx
+  pushq %r12
+  pushq %r13
+  pushq %r14
+  pushq %r15
+  movq %rsp, (%rdi)
+  movq %rsi, %rsp
+  popq %r15
+  popq %r14
+  popq %r13
+  popq %r12
+  popq %rbx
+  popq %rbp
+  ret
+.size emulated_switch, .-emulated_switch
+)");
+void go(Context& from, Context& to) { emulated_switch(&from.stack_pointer, to.stack_pointer); }
+void prepare(Context& context, unsigned char* stack, void (*entry)()) {
+  void** top = reinterpret_cast<void**>(stack + stack_bytes);
+  *--top = nullptr;  // as if entry had been called: its stack is 8 off a multiple of 16
+  *--top = reinterpret_cast<void*>(entry);
+  for (int i = 0; i < 6; ++i) *--top = nullptr;
+  context.stack_pointer = top;
+}
+#else
+struct Context {
+  ucontext_t context;
+};
+void go(Context& from, Context& to) { swapcontext(&from.context, &to.context); }
+void prepare(Context& context, unsigned char* stack, void (*entry)()) {
+  getcontext(&context.context);
+  context.context.uc_stack.ss_sp = stack;
+  context.context.uc_stack.ss_size = stack_bytes;
+  context.context.uc_link = nullptr;
+  makecontext(&context.context, entry, 0);
+}
+#endif
+
+struct Fiber {
+  Thread thread;
+  Context context;
+  unsigned char* stack = nullptr;
+  bool (*ready)(const void*) = nullptr;  // what it waits for, if it does
+  const void* what = nullptr;
+  bool started = false, done = false;
+#if defined(__SANITIZE_ADDRESS__)
+  void* fake = nullptr;
+#endif
+};
+
+Context scheduler;
+Fiber* running = nullptr;
+const std::function<void()>* body = nullptr;
+uint64_t seed = [] {
+  const char* text = getenv("EMULATED_SEED");
+  return text ? strtoull(text, nullptr, 10) : 0;
+}();
+#if defined(__SANITIZE_ADDRESS__)
+void* scheduler_fake = nullptr;
+const void* scheduler_stack = nullptr;
+size_t scheduler_size = 0;
+#endif
+
+void to_scheduler() {
+  Fiber* fiber = running;
+#if defined(__SANITIZE_ADDRESS__)
+  __sanitizer_start_switch_fiber(fiber->done ? nullptr : &fiber->fake, scheduler_stack, scheduler_size);
+#endif
+  go(fiber->context, scheduler);
+#if defined(__SANITIZE_ADDRESS__)
+  __sanitizer_finish_switch_fiber(fiber->fake, &scheduler_stack, &scheduler_size);
+#endif
+}
+
+void entry() {
+#if defined(__SANITIZE_ADDRESS__)
+  __sanitizer_finish_switch_fiber(nullptr, &scheduler_stack, &scheduler_size);
+#endif
+  (*body)();
+  running->done = true;
+  to_scheduler();
+  abort();
+}
+
+void resume(Fiber& fiber) {
+  running = &fiber;
+  current = &fiber.thread;
+  threadIdx = fiber.thread.index, blockIdx = fiber.thread.block->index;
+#if defined(__SANITIZE_ADDRESS__)
+  __sanitizer_start_switch_fiber(&scheduler_fake, fiber.stack, stack_bytes);
+#endif
+  go(scheduler, fiber.context);
+#if defined(__SANITIZE_ADDRESS__)
+  __sanitizer_finish_switch_fiber(scheduler_fake, nullptr, nullptr);
+#endif
+  running = nullptr;
+  current = nullptr;
+}
+
+// Stacks are kept: most of a launch's time would go into fresh pages.
+std::vector<unsigned char*> stacks;
+unsigned char* take_stack() {
+  if (!stacks.empty()) {
+    unsigned char* stack = stacks.back();
+    stacks.pop_back();
+    return stack;
+  }
+  void* stack = mmap(nullptr, stack_bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  if (stack == MAP_FAILED) {
+    fprintf(stderr, "emulator: no memory for another thread's stack\n");
+    abort();
+  }
+  return static_cast<unsigned char*>(stack);
+}
+
+uint64_t random_bits() {
+  seed += 0x9e3779b97f4a7c15u;
+  uint64_t z = (seed ^ (seed >> 30)) * 0xbf58476d1ce4e5b9u;
+  z = (z ^ (z >> 27)) * 0x94d049bb133111ebu;
+  return z ^ (z >> 31);
+}
+
+// In a shuffled order, a warp also falls asleep now and then while others run many turns ahead of it: on its lanes'
+// turns `asleep` counts down. Where only barriers keep the others from getting too far, one that is missing shows.
+bool dozes(Warp& warp) {
+  if (warp.asleep == 0 && random_bits() % 8192 == 0) warp.asleep = int(random_bits() % 8192);
+  if (warp.asleep > 0) --warp.asleep;
+  return warp.asleep > 0;
+}
+
+// Runs the fibers in turns until all are done.
+void run(const char* name, std::vector<Fiber>& fibers) {
+  constexpr int patience = 2000;  // turns in which nothing but polling happened
+  const size_t n = fibers.size();
+  size_t left = n;
+  for (int idle = 0; left > 0; ++idle) {
+    if (idle > patience) {
+      size_t waiting = 0, polling = 0;
+      for (const Fiber& f : fibers) waiting += !f.done && f.ready, polling += !f.done && !f.ready;
+      fprintf(stderr, "emulator: deadlock in %s: of %zu threads %zu are done, %zu wait at a barrier, %zu poll\n", name,
+              n, n - left, waiting, polling);
+      abort();
+    }
+    // In order, or in a random one that needs no table: i * step + first, step having no factor in common with n.
+    size_t first = 0, step = 1;
+    if (seed != 0) {
+      first = random_bits() % n;
+      do step = random_bits() % n;
+      while (n > 1 && std::gcd(step, n) != 1);
+    }
+    for (size_t i = 0, at = first; i < n; ++i, at = (at + step) % n) {
+      Fiber& fiber = fibers[at];
+      if (seed != 0 && dozes(*fiber.thread.warp)) continue;
+      if (fiber.done || (fiber.ready && !fiber.ready(fiber.what))) continue;
+      if (fiber.ready || !fiber.started) idle = 0;
+      fiber.ready = nullptr;
+      fiber.started = true;
+      resume(fiber);
+      if (fiber.done) --left, idle = 0;
+    }
+  }
+}
+
+// Blocks [first, first + count) of the grid, alive at once.
+void run_blocks(const char* name, const Configuration& c, size_t first, size_t count) {
+  const size_t threads = size_t(c.block.x) * c.block.y * c.block.z, warps = (threads + 31) / 32;
+  const size_t cluster_size = size_t(c.cluster.x) * c.cluster.y * c.cluster.z;
+  std::vector<Block> blocks(count);
+  std::vector<Block*> pointers(count);
+  std::vector<Cluster> clusters(count / cluster_size);
+  const auto warp = std::make_unique<Warp[]>(count * warps);
+  std::vector<Fiber> fibers(count * threads);
+  for (size_t b = 0; b < count; ++b) {
+    Block& block = blocks[b];
+    pointers[b] = &block;
+    // Clusters lie along x, as ours all do.
+    const size_t number = first + b;
+    block.index = Index(number % c.grid.x, number / c.grid.x % c.grid.y, number / c.grid.x / c.grid.y);
+    block.meeting.size = int(threads);
+    block.shared_bytes = c.shared;
+    block.shared = static_cast<unsigned char*>(aligned_alloc(1024, (c.shared + 1024) / 1024 * 1024));
+    memset(block.shared, 0xff, c.shared);
+#if defined(__SANITIZE_ADDRESS__)
+    block.shared = static_cast<unsigned char*>(realloc(block.shared, c.shared ? c.shared : 1));  // ends where it ends
+    memset(block.shared, 0xff, c.shared);
+#endif
+    block.cluster = &clusters[b / cluster_size];
+    block.rank = int(b % cluster_size);
+    Cluster& cluster = *block.cluster;
+    cluster.meeting.size = int(cluster_size * threads);
+    cluster.blocks = &pointers[b / cluster_size * cluster_size];
+    cluster.size = int(cluster_size);
+    for (size_t t = 0; t < threads; ++t) {
+      Fiber& fiber = fibers[b * threads + t];
+      fiber.thread.index = Index(t % c.block.x, t / c.block.x % c.block.y, t / c.block.x / c.block.y);
+      fiber.thread.lane = int(t % 32);
+      fiber.thread.warp = &warp[b * warps + t / 32];
+      ++fiber.thread.warp->meeting.size;
+      fiber.thread.block = &block;
+      fiber.stack = take_stack();
+      prepare(fiber.context, fiber.stack, entry);
+    }
+  }
+  run(name, fibers);
+  for (Block& block : blocks) free(block.shared);
+  for (Fiber& fiber : fibers) stacks.push_back(fiber.stack);
+}
+
+}  // namespace
+
+void set_seed(uint64_t value) { seed = value; }
+
+void wait_until(bool (*ready)(const void*), const void* what) {
+  if (ready(what)) return;
+  running->ready = ready, running->what = what;
+  to_scheduler();
+}
+
+void yield() { to_scheduler(); }
+
+void arrive(Meeting& meeting) {
+  if (++meeting.arrived < meeting.size) return;
+  meeting.arrived = 0;
+  ++meeting.round;
+}
+
+void wait(Meeting& meeting, uint64_t round) {
+  struct Awaited {
+    Meeting* meeting;
+    uint64_t round;
+  } awaited{&meeting, round};
+  wait_until(
+      [](const void* p) {
+        return static_cast<const Awaited*>(p)->meeting->round != static_cast<const Awaited*>(p)->round;
+      },
+      &awaited);
+}
+
+void launch(const char* name, const Configuration& c, const std::function<void()>& kernel) {
+  static std::mutex mutex;
+  const std::lock_guard<std::mutex> lock(mutex);
+  const size_t blocks = size_t(c.grid.x) * c.grid.y * c.grid.z,
+               cluster = size_t(c.cluster.x) * c.cluster.y * c.cluster.z;
+  body = &kernel;
+  blockDim = c.block, gridDim = c.grid;
+  // One at a time, in a shuffled order when threads are.
+  const size_t group = c.resident ? blocks : cluster, groups = blocks / group;
+  size_t first = 0, step = 1;
+  if (seed != 0 && groups > 1) {
+    first = random_bits() % groups;
+    do step = random_bits() % groups;
+    while (std::gcd(step, groups) != 1);
+  }
+  for (size_t i = 0; i < groups; ++i) run_blocks(name, c, (first + i * step) % groups * group, group);
+}
+
+}  // namespace emulated

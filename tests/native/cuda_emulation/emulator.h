@@ -1,0 +1,97 @@
+// CUDA threads on one CPU thread: each is a fiber that runs until it waits for others. It finds wrong indices, missing
+// barriers and deadlocks of the kernels, and checks their values; it says nothing about time.
+//
+// A launch's blocks run one after the other unless it is cooperative or has clusters: then all of them are alive at
+// once. Fresh device memory, shared memory included, holds NaN. EMULATED_SEED in the environment, or set_seed, shuffles
+// the order of the fibers anew at every turn, so that what depends on it shows.
+#pragma once
+
+#include <stddef.h>
+#include <stdint.h>
+
+#include <functional>
+
+namespace emulated {
+
+struct Index {
+  unsigned x = 1, y = 1, z = 1;
+  constexpr Index(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
+};
+
+// Where `size` threads meet.
+struct Meeting {
+  int size = 0, arrived = 0;
+  uint64_t round = 0;
+};
+
+struct Warp {
+  Meeting meeting;
+  int asleep = 0;                           // turns of its threads that it lets go by
+  alignas(16) unsigned char value[32][64];  // what each lane hands to the others: see exchange
+};
+
+struct Block;
+
+struct Cluster {
+  Meeting meeting;
+  Block** blocks;
+  int size;
+};
+
+struct Block {
+  Meeting meeting;
+  Cluster* cluster;
+  int rank;  // in the cluster
+  unsigned char* shared;
+  size_t shared_bytes;
+  Index index;
+};
+
+struct Thread {
+  Index index;
+  int lane;
+  Warp* warp;
+  Block* block;
+};
+
+struct Configuration {
+  Index grid, block, cluster;
+  size_t shared = 0;
+  bool resident = false;  // all blocks are alive at once
+};
+
+extern Thread* current;                               // the thread that runs, null outside of a launch
+extern Index threadIdx, blockIdx, blockDim, gridDim;  // its own
+
+void launch(const char* name, const Configuration& configuration, const std::function<void()>& kernel);
+void set_seed(uint64_t seed);  // 0: threads take turns in order
+
+// Lets the others run, until `ready` says so. A launch all of whose threads wait for ever aborts with a message.
+void wait_until(bool (*ready)(const void*), const void* what);
+void yield();  // one turn; for loops that poll memory
+
+void arrive(Meeting& meeting);  // without waiting; see wait
+void wait(Meeting& meeting, uint64_t round);
+inline void meet(Meeting& meeting) {
+  const uint64_t round = meeting.round;
+  arrive(meeting);
+  wait(meeting, round);
+}
+
+// Every lane hands over a value and calls use(values of all lanes), all of which are there.
+template <class V, class Use>
+inline auto exchange(const V& value, Use use) {
+  static_assert(sizeof(V) <= 64, "raise Warp::value");
+  Warp& warp = *current->warp;
+  __builtin_memcpy(warp.value[current->lane], &value, sizeof value);
+  meet(warp.meeting);
+  const auto result = use([&](int lane) {
+    V v;
+    __builtin_memcpy(&v, warp.value[lane], sizeof v);
+    return v;
+  });
+  meet(warp.meeting);
+  return result;
+}
+
+}  // namespace emulated

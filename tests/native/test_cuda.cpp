@@ -1,0 +1,403 @@
+// The GPU's stack without Python, against reference.h: every cell, type, direction and length through run_forward and
+// run_backward. In the emulated build it runs on the CPU, in small sizes, with the order of threads shuffled.
+#include <math.h>
+
+#include <stdexcept>
+#include <string>
+
+#include "cuda/check.h"
+#include "cuda/device.cuh"
+#include "cuda/plan.h"
+#include "cuda/stack.h"
+#include "reference.h"
+
+namespace fusedrnn::tests {
+namespace {
+
+double norm(const std::vector<double>& v) {
+  double sum = 0;
+  for (double e : v) sum += e * e;
+  return sqrt(sum);
+}
+
+double eps_of(cuda::DType t) {
+  return t == cuda::DType::float64   ? 0x1p-52
+         : t == cuda::DType::float32 ? 0x1p-23
+         : t == cuda::DType::float16 ? 0x1p-10
+                                     : 0x1p-7;
+}
+
+double terms_of(const Shape& s) {
+  return double(std::max<int64_t>(s.T * (s.H + std::max(s.I, s.D * s.H)) * s.L, s.T * s.B));
+}
+
+void close(const std::vector<double>& got, const std::vector<double>& want, double eps, double terms, bool backward,
+           const std::string& what) {
+  std::vector<double> error(want.size());
+  size_t worst = 0;
+  for (size_t i = 0; i < want.size(); ++i) {
+    error[i] = fabs(got[i] - want[i]);
+    if (!(error[i] <= error[worst])) worst = i;
+  }
+  const double factor = (backward ? 8 : 4) * fmax(4, ceil(log2(fmax(1, terms))));
+  const double bound = factor * eps * fmax(norm(want), sqrt(double(want.size())));
+  char detail[160] = "";
+  if (!(norm(error) <= bound))
+    snprintf(detail, sizeof detail, ": off by %.3g, bound %.3g; worst at %d of %d: got %.9g, want %.9g", norm(error),
+             bound, int(worst), int(want.size()), got[worst], want[worst]);
+  check(got.size() == want.size() && norm(error) <= bound, what + detail);
+}
+
+// An array on the device.
+template <class T>
+class OnCard {
+ public:
+  explicit OnCard(const std::vector<double>& v) : n_(v.size()) {
+    std::vector<T> narrow(n_);
+    for (size_t i = 0; i < n_; ++i) narrow[i] = cuda::narrow<T>(cuda::Accumulate<T>(v[i]));
+    FUSEDRNN_CUDA(cudaMalloc(&data_, std::max<size_t>(n_, 1) * sizeof(T)));
+    FUSEDRNN_CUDA(cudaMemcpy(data_, narrow.data(), n_ * sizeof(T), cudaMemcpyHostToDevice));
+  }
+  explicit OnCard(size_t n) : n_(n) { FUSEDRNN_CUDA(cudaMalloc(&data_, std::max<size_t>(n_, 1) * sizeof(T))); }
+  OnCard(OnCard&& other) noexcept : n_(other.n_), data_(other.data_) { other.data_ = nullptr; }
+  ~OnCard() { cudaFree(data_); }
+  T* data() const { return data_; }
+  std::vector<double> values() const {
+    FUSEDRNN_CUDA(cudaDeviceSynchronize());
+    std::vector<T> narrow(n_);
+    FUSEDRNN_CUDA(cudaMemcpy(narrow.data(), data_, n_ * sizeof(T), cudaMemcpyDeviceToHost));
+    std::vector<double> wide(n_);
+    for (size_t i = 0; i < n_; ++i) wide[i] = double(cuda::widen(narrow[i]));
+    return wide;
+  }
+
+ private:
+  size_t n_;
+  T* data_ = nullptr;
+};
+
+// A (T, B, width) array that lies as (B, T, width + gap) where `apart`: strides that need a copy.
+template <class T>
+struct Placed {
+  OnCard<T> memory;
+  int64_t T_, B, width, gap;
+  bool apart;
+  static constexpr double filler = -1.5;
+  int64_t place(int64_t t, int64_t b, int64_t c) const {
+    return apart ? (b * T_ + t) * (width + gap) + c : (t * B + b) * width + c;
+  }
+  static std::vector<double> arrange(const std::vector<double>* v, int64_t T_, int64_t B, int64_t width, bool apart) {
+    if (!apart && v) return *v;
+    const int64_t gap = apart ? 3 : 0;
+    std::vector<double> out(T_ * B * (width + gap), filler);
+    for (int64_t t = 0; t < T_ && v; ++t)
+      for (int64_t b = 0; b < B; ++b)
+        for (int64_t c = 0; c < width; ++c) out[(b * T_ + t) * (width + gap) + c] = (*v)[(t * B + b) * width + c];
+    return out;
+  }
+  Placed(const std::vector<double>* v, int64_t T_, int64_t B, int64_t width, bool apart)
+      : memory(arrange(v, T_, B, width, apart)), T_(T_), B(B), width(width), gap(apart ? 3 : 0), apart(apart) {}
+  cuda::Sequence sequence() const {
+    if (!apart) return {memory.data(), B * width, width, 1};
+    return {memory.data(), width + gap, T_ * (width + gap), 1};
+  }
+  std::vector<double> values(bool* intact) const {
+    const std::vector<double> all = memory.values();
+    std::vector<double> out(T_ * B * width);
+    for (int64_t t = 0; t < T_; ++t)
+      for (int64_t b = 0; b < B; ++b)
+        for (int64_t c = 0; c < width; ++c) out[(t * B + b) * width + c] = all[place(t, b, c)];
+    for (int64_t r = 0; apart && r < T_ * B; ++r)
+      for (int64_t c = width; c < width + gap; ++c) *intact = *intact && all[r * (width + gap) + c] == filler;
+    return out;
+  }
+};
+
+template <class T>
+struct Session {
+  const Problem<double>& p;
+  const Shape& s;
+  bool apart;
+  std::vector<std::pair<std::string, OnCard<T>>> arrays;  // in the order of Problem::inputs(), x aside
+  Placed<T> x, dy;
+  std::vector<OnCard<T>> dfinal;
+  std::shared_ptr<cuda::Tape> tape;
+  cuda::Stream stream = nullptr;
+  bool intact = true;
+
+  Session(Problem<double>& p, bool apart)
+      : p(p), s(p.shape), apart(apart), x(&p.x, s.T, s.B, s.I, apart), dy(&p.dy, s.T, s.B, p.width(), apart) {
+    for (auto& [name, array] : p.inputs())
+      if (name != "x") arrays.emplace_back(name, OnCard<T>(*array));
+    for (int i = 0; i < p.states(); ++i) dfinal.emplace_back(p.dstate[i]);
+  }
+  int states() const { return s.state ? p.states() : 0; }
+  std::vector<cuda::Weights> weights() const {
+    std::vector<cuda::Weights> w;
+    for (size_t n = states(); n < arrays.size(); n += p.arrays())
+      w.push_back({arrays[n].second.data(), arrays[n + 1].second.data(), s.bias ? arrays[n + 2].second.data() : nullptr,
+                   s.bias ? arrays[n + 3].second.data() : nullptr});
+    return w;
+  }
+  Arrays<double> forward(bool training) {
+    const Spec spec = s.spec();
+    cuda::StackForward call{};
+    call.spec = spec, call.dtype = cuda::dtype_of<T>, call.stream = stream, call.T_ = s.T, call.B = s.B;
+    call.weights = weights();
+    call.x = x.sequence();
+    Placed<T> y(nullptr, s.T, s.B, p.width(), apart);
+    call.y = y.sequence();
+    std::vector<OnCard<T>> states;
+    for (int i = 0; i < p.states(); ++i) {
+      states.emplace_back(size_t(spec.count() * s.B * s.H));
+      call.final_state[i] = states.back().data();
+      call.state[i] = s.state ? arrays[i].second.data() : nullptr;
+    }
+    call.lengths = s.lengths ? data_of(p.lengths) : nullptr;
+    call.dropout = s.dropout, call.seed = p.seed;
+    auto made = cuda::run_forward(call, training);
+    check(training == bool(made), s.name() + ": only training leaves a tape");
+    if (training) tape = made;
+    Arrays<double> out{y.values(&intact)};
+    for (auto& state : states) out.push_back(state.values());
+    return out;
+  }
+  // The gradients of every input; added to `into` where given.
+  Arrays<double> backward(const Arrays<double>* into = nullptr) {
+    cuda::StackBackward call{};
+    call.spec = s.spec(), call.dtype = cuda::dtype_of<T>, call.stream = stream;
+    call.weights = weights();
+    call.tape = tape.get();
+    call.x = x.sequence(), call.dy = dy.sequence();
+    Placed<T> dx(into ? &(*into)[0] : nullptr, s.T, s.B, s.I, apart);
+    call.dx = dx.sequence();
+    std::vector<OnCard<T>> out;
+    for (size_t n = 0; n < arrays.size(); ++n)
+      if (into)
+        out.emplace_back((*into)[n + 1]);
+      else
+        out.emplace_back(arrays[n].second.values().size());
+    for (int i = 0; i < p.states(); ++i) {
+      call.dfinal_state[i] = dfinal[i].data();
+      if (s.state) call.dstate[i] = out[i].data();
+    }
+    for (size_t n = states(); n < out.size(); n += p.arrays())
+      call.dweights.push_back({out[n].data(), out[n + 1].data(), s.bias ? out[n + 2].data() : nullptr,
+                               s.bias ? out[n + 3].data() : nullptr});
+    call.adds = into != nullptr;
+    cuda::run_backward(call);
+    Arrays<double> values{dx.values(&intact)};
+    for (auto& a : out) values.push_back(a.values());
+    return values;
+  }
+};
+
+template <class T>
+Problem<double> rounded(const Shape& shape) {  // the problem as T holds it
+  Problem<double> p(shape);
+  for (auto& [name, array] : p.inputs())
+    for (double& e : *array) e = double(cuda::widen(cuda::narrow<T>(cuda::Accumulate<T>(e))));
+  for (double& e : p.dy) e = double(cuda::widen(cuda::narrow<T>(cuda::Accumulate<T>(e))));
+  for (int i = 0; i < p.states(); ++i)
+    for (double& e : p.dstate[i]) e = double(cuda::widen(cuda::narrow<T>(cuda::Accumulate<T>(e))));
+  return p;
+}
+
+std::string title(const Shape& s, cuda::DType t, bool apart) {
+  return s.name() + " " + cuda::name_of(t) + (apart ? " strided" : "") +
+         (cuda::path_override() == 0 ? " per step" : "");
+}
+
+// Gradients in double from the CPU's core, which test_core holds against finite differences.
+Arrays<double> expected_gradients(Problem<double>& p) {
+  const auto tape = make_tape(p);
+  forward(p, tape.get());
+  return backward(p, *tape);
+}
+
+template <class T>
+void check_shape(const Shape& shape, bool apart) {
+  Problem<double> p = rounded<T>(shape);
+  const std::string name = title(shape, cuda::dtype_of<T>, apart);
+  const double eps = eps_of(cuda::dtype_of<T>), terms = terms_of(shape);
+  Session<T> session(p, apart);
+  const Arrays<double> want = reference_forward(p, false), got = session.forward(false);
+  for (size_t i = 0; i < want.size(); ++i)
+    close(got[i], want[i], eps, terms, false, name + ": forward output " + std::to_string(i));
+  const Arrays<double> trained = session.forward(true), dropped = reference_forward(p, true);
+  if (shape.dropout == 0) check(same_bits(got, trained), name + ": training changes no bit");
+  for (size_t i = 0; i < want.size(); ++i)
+    close(trained[i], dropped[i], eps, terms, false, name + ": trained output " + std::to_string(i));
+  const Arrays<double> gradients = session.backward(), expected = expected_gradients(p);
+  const auto inputs = p.inputs();
+  for (size_t n = 0; n < expected.size(); ++n)
+    close(gradients[n], expected[n], eps, terms, true, name + ": gradient of " + inputs[n].first);
+  check(same_bits(gradients, session.backward()), name + ": a tape used again gives the same bits");
+  Random random(7);
+  Arrays<double> into = expected, sum = expected;
+  for (size_t n = 0; n < into.size(); ++n)
+    for (size_t e = 0; e < into[n].size(); ++e) {
+      into[n][e] = double(cuda::widen(cuda::narrow<T>(cuda::Accumulate<T>(random.normal()))));
+      sum[n][e] += into[n][e];
+    }
+  const Arrays<double> added = session.backward(&into);
+  for (size_t n = 0; n < sum.size(); ++n)
+    close(added[n], sum[n], eps, terms, true, name + ": adding to the gradient of " + inputs[n].first);
+  check(session.intact, name + ": stays within its outputs");
+}
+
+void check_type(cuda::DType t, const Shape& shape, bool apart = false) {
+  cuda::with_type(t, [&](auto v) { check_shape<decltype(v)>(shape, apart); });
+}
+
+constexpr cuda::DType types[] = {cuda::DType::float32, cuda::DType::float64, cuda::DType::float16,
+                                 cuda::DType::bfloat16};
+
+void check_cell(int cell) {
+  for (cuda::DType t : types)
+    for (int kind = 0; kind < 3; ++kind)  // forward, reverse, both
+      for (bool lengths : {false, true}) {
+        Shape s{cell,     4,         3,       5,       lengths ? 9 : 17, kind == 2 ? 2 : 1, kind == 2 ? 2 : 1,
+                !lengths, kind == 1, lengths, !lengths};
+        if (kind == 2 && lengths) s.dropout = 0.3, s.bias = s.state = true;
+        check_type(t, s, kind == 1);
+      }
+  check_type(cuda::DType::float32, {cell, 3, 2, 4, 5, 3, 2});  // three layers: buffers in turns
+  check_type(cuda::DType::float32, {cell, 3, 2, 4, 5, 3, 1, true, false, true}, true);
+  check_type(cuda::DType::bfloat16, {cell, 2, 70, 3, 40});  // several blocks, and rows of blocks
+  check_type(cuda::DType::float32, {cell, 2, 37, 3, 64});
+  for (const Shape& s : {Shape{cell, 1, 1, 1, 1}, Shape{cell, 0, 3, 2, 5, 2, 2}, Shape{cell, 4, 0, 2, 5, 2, 2},
+                         Shape{cell, 0, 0, 2, 5}, Shape{cell, 1, 2, 7, 16}})
+    for (bool apart : {false, true}) check_type(cuda::DType::float32, s, apart);
+  // lengths of 0
+  Shape ended{cell, 3, 2, 2, 5, 2, 2, true, false, true};
+  Problem<double> p = rounded<float>(ended);
+  p.lengths = {0, 0};
+  Session<float> session(p, false);
+  check(same_bits(session.forward(true), reference_forward(p, false)),
+        ended.name() + ": lengths of 0 pass states through");
+  const Arrays<double> grads = session.backward();
+  bool zero = true;
+  for (size_t n = 0; n < grads.size(); ++n)
+    if (p.inputs()[n].first != "h0" && p.inputs()[n].first != "c0")
+      for (double e : grads[n]) zero = zero && e == 0;
+  check(zero && same_bits<double>({grads[1]}, {p.dstate[0]}), ended.name() + ": lengths of 0 pass gradients through");
+}
+
+// Long enough for graphs, and more rows than one block of a sum over rows.
+void check_long() {
+  check_type(cuda::DType::float32, {0, 150, 8, 3, 4});
+  check_type(cuda::DType::float32, {2, 35, 2, 3, 4, 1, 2});
+  check_type(cuda::DType::float32, {4, 150, 8, 3, 2, 1, 1, true, true, true});
+}
+
+// The input projected in pieces.
+void check_chunks() {
+  for (int64_t steps : {1, 3}) {
+    cuda::set_chunk_override(steps);
+    for (int cell = 0; cell < cell_count; ++cell) {
+      check_type(cuda::DType::float32, {cell, 7, 3, 4, 5, 2, 2});
+      check_type(cuda::DType::bfloat16, {cell, 7, 3, 4, 9, 1, 2, true, false, true});
+    }
+  }
+  cuda::set_chunk_override(0);
+}
+
+void check_tape() {
+  Problem<double> p = rounded<float>({0, 3, 2, 4, 5});
+  Session<float> session(p, false);
+  session.forward(true);
+  std::string text;
+  float before, changed = 2;
+  float* at = session.x.memory.data() + 7;
+  FUSEDRNN_CUDA(cudaMemcpy(&before, at, sizeof before, cudaMemcpyDeviceToHost));
+  FUSEDRNN_CUDA(cudaMemcpy(at, &changed, sizeof changed, cudaMemcpyHostToDevice));
+  try {
+    session.backward();
+  } catch (const std::runtime_error& error) {
+    text = error.what();
+  }
+  check(text.find("x was changed") == 0, "a changed x is noticed: " + text);
+  FUSEDRNN_CUDA(cudaMemcpy(at, &before, sizeof before, cudaMemcpyHostToDevice));
+  session.backward();
+  text.clear();
+  at = session.arrays.back().second.data() + 3;
+  FUSEDRNN_CUDA(cudaMemcpy(at, &changed, sizeof changed, cudaMemcpyHostToDevice));
+  try {
+    session.backward();
+  } catch (const std::runtime_error& error) {
+    text = error.what();
+  }
+  check(text.find("the parameters were changed") == 0, "changed parameters are noticed: " + text);
+}
+
+void check_capture() {
+  Problem<double> p = rounded<float>({0, 3, 2, 4, 5});
+  Session<float> session(p, false);
+  const Arrays<double> want = session.forward(true);
+  std::string text;
+  cudaStream_t stream;
+  cudaGraph_t graph = nullptr;
+  FUSEDRNN_CUDA(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
+  FUSEDRNN_CUDA(cudaStreamBeginCapture(stream, cudaStreamCaptureModeRelaxed));  // the session allocates meanwhile
+  session.stream = stream;
+  try {
+    session.forward(false);
+  } catch (const std::runtime_error& error) {
+    text = error.what();
+  }
+  session.stream = nullptr;
+  FUSEDRNN_CUDA(cudaStreamEndCapture(stream, &graph));
+  FUSEDRNN_CUDA(cudaStreamDestroy(stream));
+  if (graph) FUSEDRNN_CUDA(cudaGraphDestroy(graph));
+  check(text.find("is being captured") != text.npos, "a capture is refused: " + text);
+  check(same_bits(want, session.forward(true)) && session.backward().size() > 0, "a call after a refused capture");
+}
+
+#if defined(FUSEDRNN_EMULATED)
+void check_memory() {
+  Problem<double> p = rounded<float>({0, 9, 2, 4, 5});
+  Session<float> session(p, false);
+  const Arrays<double> want = session.forward(true);
+  std::string text;
+  size_t free = 0, total = 0;
+  FUSEDRNN_CUDA(cudaMemGetInfo(&free, &total));
+  emulated::limit_memory(total - free + 2500);  // the outputs fit, the tape does not
+  try {
+    session.forward(true);
+  } catch (const cuda::OutOfMemory& error) {
+    text = error.what();
+  }
+  emulated::limit_memory(0);
+  check(text.find("out of memory on device 0") != text.npos, "no memory: " + text);
+  check(same_bits(want, session.forward(true)) && session.backward().size() > 0, "a call after one that had no memory");
+}
+#else
+void check_memory() {}
+#endif
+
+int run() {
+  for (int path : {int(cuda::Path::per_step), -1}) {
+    cuda::set_path_override(path);
+    for (int cell = 0; cell < cell_count; ++cell) check_cell(cell);
+    check_long();
+    check_chunks();
+  }
+  check_tape();
+  check_capture();
+  check_memory();
+  printf("%d passed, %d failed\n", int(passed), int(failed));
+  return failed != 0;
+}
+
+}  // namespace
+}  // namespace fusedrnn::tests
+
+int main() {
+  int devices = 0;
+  if (cudaGetDeviceCount(&devices) != cudaSuccess || devices == 0) {
+    printf("no device\n");
+    return 77;
+  }
+  return fusedrnn::tests::run();
+}

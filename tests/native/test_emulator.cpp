@@ -1,0 +1,94 @@
+// The emulator that test_cuda trusts: threads meet, exchange and see each other's memory as CUDA's do.
+#include <math.h>
+
+#include <vector>
+
+#include "check.h"
+#include "cuda/check.h"
+#include "cuda/device.cuh"
+
+namespace fusedrnn::tests {
+namespace {
+
+// Every thread of every block writes its number, its neighbour's through shared memory, and its warp's sum.
+__global__ void kernel(int* out, int n) {
+  int* shared = cuda::shared_memory<int>();
+  const int t = int(threadIdx.x), threads = int(blockDim.x), all = int(blockIdx.x) * threads + t;
+  shared[t] = all;
+  cuda::sync_block();
+  int sum = t;
+  for (int mask = 16; mask > 0; mask /= 2) sum += cuda::shuffle_xor(sum, mask);
+  if (all < n) out[all] = shared[(t + 1) % threads] * 1000000 + sum;
+}
+
+__global__ void count(unsigned long long* sum) { cuda::atomic_add(sum, threadIdx.x); }
+
+void check_threads(uint64_t seed) {
+  emulated::set_seed(seed);
+  constexpr int threads = 96, blocks = 3, n = threads * blocks - 5;
+  std::vector<int> out(threads * blocks, -1);
+  cuda::launch("kernel", {blocks, threads, threads * sizeof(int)}, kernel, out.data(), n);
+  bool ok = true;
+  for (int i = 0; i < threads * blocks; ++i) {
+    const int t = i % threads, next = i - t + (t + 1) % threads, first = t / 32 * 32;
+    ok = ok && out[i] == (i < n ? next * 1000000 + 32 * first + 31 * 16 : -1);
+  }
+  check(ok, "blocks, barriers and shuffles, seed " + std::to_string(seed));
+  unsigned long long sum = 0;
+  cuda::launch("count", {5, 64}, count, &sum);
+  check(sum == 5 * 63 * 32, "atomic sums");
+}
+
+void check_graphs() {
+  cudaStream_t stream;
+  cudaGraph_t graph;
+  cudaGraphExec_t exec;
+  FUSEDRNN_CUDA(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
+  unsigned long long sum = 0;
+  FUSEDRNN_CUDA(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal));
+  cuda::launch("count", {1, 32, 0, stream}, count, &sum);
+  FUSEDRNN_CUDA(cudaStreamEndCapture(stream, &graph));
+  FUSEDRNN_CUDA(cudaGraphInstantiate(&exec, graph, 0));
+  check(sum == 0, "capture runs nothing");
+  FUSEDRNN_CUDA(cudaGraphLaunch(exec, nullptr));
+  FUSEDRNN_CUDA(cudaGraphLaunch(exec, nullptr));
+  check(sum == 2 * 31 * 16, "a graph runs as often as launched");
+  FUSEDRNN_CUDA(cudaGraphExecDestroy(exec));
+  FUSEDRNN_CUDA(cudaGraphDestroy(graph));
+  FUSEDRNN_CUDA(cudaStreamDestroy(stream));
+}
+
+void check_errors() {
+  std::string text;
+  try {
+    cuda::launch("too_large", {1, 2000}, count, static_cast<unsigned long long*>(nullptr));
+  } catch (const cuda::Error& error) {
+    text = error.what();
+  }
+  check(text.find("cudaErrorInvalidValue") != text.npos && text.find("too_large") != text.npos,
+        "errors name the kernel: " + text);
+  check(cudaGetLastError() == cudaSuccess, "a reported error is not reported again");
+}
+
+void check_types() {
+  bool ok = true;
+  for (float x : {0.0f, 1.0f, -2.5f, 65504.0f, 6e-8f, 3.14159f}) {
+    ok = ok && fabsf(cuda::widen(cuda::narrow<__half>(x)) - x) <= fabsf(x) * 0x1p-11f + 3e-8f;
+    ok = ok && fabsf(cuda::widen(cuda::narrow<__nv_bfloat16>(x)) - x) <= fabsf(x) * 0x1p-8f;
+  }
+  ok = ok && cuda::widen(cuda::narrow<__nv_bfloat16>(1.00390625f)) == 1.0f;  // a tie, to even
+  check(ok && isnan(cuda::widen(cuda::narrow<__nv_bfloat16>(NAN))), "float16 and bfloat16");
+}
+
+}  // namespace
+}  // namespace fusedrnn::tests
+
+int main() {
+  using namespace fusedrnn::tests;
+  for (uint64_t seed : {0, 1, 2, 3}) check_threads(seed);
+  check_graphs();
+  check_errors();
+  check_types();
+  printf("%d passed, %d failed\n", int(passed), int(failed));
+  return failed != 0;
+}

@@ -1,0 +1,406 @@
+// The persistent kernels alone, in the emulator: values against reference.h, gradients against the CPU's in double
+// (which test_core holds to finite differences), for every cell, type, exchange and size of group, sequences of unequal
+// length, tails, and threads in shuffled order, in which nothing may change a bit. Also that plans are what they say.
+#include <math.h>
+
+#include <algorithm>
+#include <numeric>
+
+#include "cuda/device.cuh"
+#include "cuda/persistent.h"
+#include "order.h"
+#include "reference.h"
+
+namespace fusedrnn::tests {
+namespace {
+
+using cuda::Exchange;
+using cuda::PersistentPlan;
+
+const cuda::Machine hopper = [] {
+  cuda::Machine machine;
+  machine.name = "emulated", machine.major = 9, machine.processors = 132, machine.shared_per_block = 227 << 10;
+  machine.shared_per_processor = 228 << 10, machine.registers = 65536, machine.max_cluster = 16;
+  for (int i = 0; i < 5; ++i) machine.clusters[i] = 132 >> i;
+  return machine;
+}();
+
+template <class T>
+struct Type;
+template <>
+struct Type<float> {
+  static constexpr const char* name = "float32";
+  static constexpr double epsilon = 0x1p-23;
+};
+template <>
+struct Type<__half> {
+  static constexpr const char* name = "float16";
+  static constexpr double epsilon = 0x1p-10;
+};
+template <>
+struct Type<__nv_bfloat16> {
+  static constexpr const char* name = "bfloat16";
+  static constexpr double epsilon = 0x1p-7;
+};
+
+struct Case {
+  Shape shape;
+  Exchange exchange;
+  int blocks, columns;
+  bool tf32 = false;
+  std::string name() const {
+    return shape.name() + (exchange == Exchange::cluster ? " cluster of " : " grid of ") + std::to_string(blocks) +
+           " x " + std::to_string(columns) + (tf32 ? " tf32" : "");
+  }
+};
+
+double norm(const std::vector<double>& v) {
+  double sum = 0;
+  for (double e : v) sum += e * e;
+  return sqrt(sum);
+}
+
+// ||got - want|| within `factor` eps of what is typical; NaN never is.
+void close(const std::vector<double>& got, const std::vector<double>& want, double factor, double epsilon,
+           const std::string& what) {
+  std::vector<double> error(want.size());
+  size_t worst = 0;
+  for (size_t i = 0; i < want.size(); ++i) {
+    error[i] = fabs(got[i] - want[i]);
+    if (!(error[i] <= error[worst])) worst = i;
+  }
+  const double bound = factor * epsilon * fmax(norm(want), sqrt(double(want.size())));
+  char detail[160] = "";
+  if (!(norm(error) <= bound))
+    snprintf(detail, sizeof detail, ": off by %.3g, bound %.3g; worst at %d of %d: got %.9g, want %.9g", norm(error),
+             bound, int(worst), int(want.size()), got[worst], want[worst]);
+  check(got.size() == want.size() && norm(error) <= bound, what + detail);
+}
+
+// Numbers that T can hold.
+template <class T>
+void round(std::vector<double>& v) {
+  for (double& e : v) e = cuda::widen(cuda::narrow<T>(cuda::Accumulate<T>(e)));
+}
+template <class T>
+std::vector<T> narrow(const std::vector<double>& v) {
+  std::vector<T> to(v.size());
+  for (size_t i = 0; i < v.size(); ++i) to[i] = cuda::narrow<T>(cuda::Accumulate<T>(v[i]));
+  return to;
+}
+template <class T>
+std::vector<double> widen(const std::vector<T>& v) {
+  std::vector<double> to(v.size());
+  for (size_t i = 0; i < v.size(); ++i) to[i] = cuda::widen(v[i]);
+  return to;
+}
+
+// One layer in one direction through the kernels, with the products that are not theirs in plain loops.
+template <class T>
+class Layer {
+ public:
+  static constexpr double unwritten = -8191.25;
+
+  Layer(const Case& c, const Problem<double>& p) : c_(c), p_(p), info_(cells[c.shape.cell]), H_(c.shape.H) {
+    const Shape& s = p.shape;
+    std::vector<int> order(s.B);
+    std::iota(order.begin(), order.end(), 0);
+    std::stable_sort(order.begin(), order.end(), [&](int a, int b) { return p.length(a) > p.length(b); });
+    from_ = order;
+    for (int j : order) length_.push_back(int(p.length(j)));
+    steps_ = length_.empty() ? 0 : length_[0];
+    offset_.push_back(0);
+    for (int t = 0; t <= steps_; ++t) {
+      active_.push_back(int(std::count_if(length_.begin(), length_.end(), [&](int n) { return n > t; })));
+      if (t < steps_) offset_.push_back(offset_[t] + active_[t]);
+    }
+    schedule_ = {steps_, int(s.B), s.reverse, active_.data(), length_.data(), offset_.data(), from_.data()};
+    rows_ = offset_[steps_];
+    w_hh_ = narrow<T>(p.weights[0 + 1]);
+    // The input's product, without bias, and the biases as the slots take them.
+    input_.resize(rows_ * info_.input.count * H_);
+    for (int t = 0; t < steps_; ++t)
+      for (int j = 0; j < active_[t]; ++j) {
+        const double* x = &p.x[(int64_t(t) * s.B + from_[j]) * s.I];
+        for (int i = 0; i < info_.input.count; ++i) {
+          const std::vector<double> rows =
+              affine(part(p.weights[0], gate(info_.input.first + i), s.I), nullptr, x, H_, s.I);
+          for (int64_t u = 0; u < H_; ++u) input_[((offset_[t] + j) * info_.input.count + i) * H_ + u] = float(rows[u]);
+        }
+      }
+    bias_.resize(info_.slots * H_);
+    for (int i = 0; i < info_.slots && s.bias; ++i)
+      for (int64_t u = 0; u < H_; ++u) {
+        double sum = inside(info_.input, i) ? p.weights[2][gate(i) * H_ + u] : 0;
+        for (int q = 0; q < info_.phases; ++q)
+          if (inside(info_.recurrent[q], i)) sum += p.weights[3][gate(i) * H_ + u];
+        bias_[i * H_ + u] = float(sum);
+      }
+    for (int i = 0; i < info_.states; ++i) state_[i] = narrow<T>(p.state[i]);
+    y_row_ = H_ + 3;
+    const T mark = cuda::narrow<T>(float(unwritten));
+    y_.assign(rows_ * y_row_, mark);
+    carry_.assign(s.B * H_, float(unwritten));
+    operand_.assign(rows_ * H_, mark), saved_.assign(rows_ * info_.saved * H_, mark);
+    for (int i = 0; i < info_.states; ++i) final_[i].assign(s.B * H_, mark);
+  }
+
+  cuda::ForwardArgs<T> forward_args(bool training) {
+    cuda::ForwardArgs<T> a{};
+    a.schedule = schedule_, a.H = int(H_), a.input = input_.data(), a.w_hh = w_hh_.data(), a.bias = bias_.data();
+    for (int i = 0; i < info_.states; ++i)
+      a.state[i] = p_.shape.state ? state_[i].data() : nullptr, a.final_state[i] = final_[i].data();
+    a.y = y_.data(), a.y_row = y_row_;
+    a.begin = 0, a.end = steps_, a.carry = carry_.data();
+    a.saved = training ? saved_.data() : nullptr;
+    a.operand = info_.phases > 1 ? operand_.data() : nullptr;
+    return a;
+  }
+  PersistentPlan plan(bool backward) const {
+    return persistent_plan(info_, sizeof(T), backward, int(H_), p_.shape.B, c_.tf32, hopper, 1, c_.exchange, c_.blocks,
+                           c_.columns);
+  }
+
+  // y (T, B, H) and the final states. False where there is no plan.
+  Arrays<double> forward(bool training, int cut = 0) {
+    const PersistentPlan how = plan(false);
+    std::vector<unsigned char> workspace(how.workspace_bytes(), 0xff);
+    cuda::ForwardArgs<T> a = forward_args(training);
+    for (a.begin = 0; a.begin < steps_; a.begin = a.end) {
+      a.end = a.begin < cut ? cut : steps_;
+      cuda::persistent_forward<T>(c_.shape.cell, how, a, workspace.data(), nullptr);
+    }
+    const Shape& s = p_.shape;
+    Arrays<double> out{std::vector<double>(s.T * s.B * H_)};
+    bool inside = true;
+    for (int t = 0; t < steps_; ++t)
+      for (int j = 0; j < active_[t]; ++j)
+        for (int64_t u = 0; u < y_row_; ++u) {
+          const double v = cuda::widen(y_[(offset_[t] + j) * y_row_ + u]);
+          if (u < H_)
+            out[0][(t * s.B + from_[j]) * H_ + u] = v;
+          else
+            inside = inside && v == cuda::widen(cuda::narrow<T>(float(unwritten)));
+        }
+    check(inside, c_.name() + ": y is written within its rows");
+    for (int i = 0; i < info_.states; ++i) {
+      out.push_back(widen(final_[i]));
+      for (int64_t b = 0; b < s.B; ++b)  // not the kernel's
+        if (p_.length(b) == 0)
+          for (int64_t u = 0; u < H_; ++u) out.back()[b * H_ + u] = s.state ? p_.state[i][b * H_ + u] : 0;
+    }
+    return out;
+  }
+
+  // The gradients of p.inputs(), from those of the slots.
+  Arrays<double> backward() {
+    const PersistentPlan how = plan(true);
+    std::vector<unsigned char> workspace(how.workspace_bytes(), 0xff);
+    const Shape& s = p_.shape;
+    const T mark = cuda::narrow<T>(float(unwritten));
+    cuda::BackwardArgs<T> a{};
+    a.forward = forward_args(true);
+    a.dy_row = H_ + 5;
+    std::vector<T> dy(rows_ * a.dy_row, mark), w_t[max_phases], dfinal[max_states], dstate[max_states];
+    for (int t = 0; t < steps_; ++t)
+      for (int j = 0; j < active_[t]; ++j)
+        for (int64_t u = 0; u < H_; ++u)
+          dy[(offset_[t] + j) * a.dy_row + u] = cuda::narrow<T>(float(p_.dy[(t * s.B + from_[j]) * H_ + u]));
+    a.dy = dy.data();
+    for (int q = 0; q < info_.phases; ++q) {
+      const Span span = info_.recurrent[q];
+      w_t[q].resize(H_ * span.count * H_);
+      for (int i = 0; i < span.count; ++i)
+        for (int64_t u = 0; u < H_; ++u)
+          for (int64_t v = 0; v < H_; ++v)
+            w_t[q][(v * span.count + i) * H_ + u] = w_hh_[(gate(span.first + i) * H_ + u) * H_ + v];
+      a.w_hh_t[q] = w_t[q].data();
+    }
+    for (int i = 0; i < info_.states; ++i) {
+      dfinal[i] = narrow<T>(p_.dstate[i]), dstate[i].assign(s.B * H_, mark);
+      a.dfinal_state[i] = dfinal[i].data(), a.dstate[i] = s.state ? dstate[i].data() : nullptr;
+    }
+    gates_.assign(rows_ * info_.slots * H_, mark);
+    a.gates = gates_.data();
+    cuda::persistent_backward<T>(c_.shape.cell, how, a, workspace.data(), nullptr);
+    return gradients(dstate);
+  }
+
+ private:
+  int gate(int slot) const { return info_.slot_gate[slot]; }
+  static bool inside(Span span, int i) { return i >= span.first && i < span.first + span.count; }
+  std::vector<double> part(const std::vector<double>& w, int g, int64_t n) const {
+    return std::vector<double>(w.begin() + g * H_ * n, w.begin() + (g + 1) * H_ * n);
+  }
+
+  Arrays<double> gradients(const std::vector<T> (&dstate)[max_states]) const {
+    const Shape& s = p_.shape;
+    const int64_t I = s.I;
+    std::vector<double> dx(s.T * s.B * I), w_ih(p_.weights[0].size()), w_hh(p_.weights[1].size()),
+        b_ih(info_.gates * H_), b_hh(b_ih);
+    for (int step = 0; step < steps_; ++step)
+      for (int j = 0; j < active_[step]; ++j) {
+        const int64_t row = schedule_.row(step, j), b = from_[j], t = s.reverse ? length_[j] - 1 - step : step;
+        for (int i = 0; i < info_.slots; ++i)
+          for (int64_t u = 0; u < H_; ++u) {
+            const double d = cuda::widen(gates_[(row * info_.slots + i) * H_ + u]);
+            const int64_t to = gate(i) * H_ + u;
+            if (inside(info_.input, i)) {
+              b_ih[to] += d;
+              for (int64_t n = 0; n < I; ++n) {
+                w_ih[to * I + n] += d * p_.x[(t * s.B + b) * I + n];
+                dx[(t * s.B + b) * I + n] += d * p_.weights[0][to * I + n];
+              }
+            }
+            for (int q = 0; q < info_.phases; ++q)
+              if (inside(info_.recurrent[q], i)) {
+                b_hh[to] += d;
+                for (int64_t n = 0; n < H_; ++n) {
+                  double h = s.state ? p_.state[0][b * H_ + n] : 0;
+                  if (q > 0)
+                    h = cuda::widen(operand_[row * H_ + n]);
+                  else if (step > 0)
+                    h = cuda::widen(y_[schedule_.row(step - 1, j) * y_row_ + n]);
+                  w_hh[to * H_ + n] += d * h;
+                }
+              }
+          }
+      }
+    Arrays<double> all{dx};
+    for (int i = 0; i < info_.states && s.state; ++i) {
+      all.push_back(widen(dstate[i]));
+      for (int64_t b = 0; b < s.B; ++b)
+        if (p_.length(b) == 0)
+          for (int64_t u = 0; u < H_; ++u) all.back()[b * H_ + u] = p_.dstate[i][b * H_ + u];
+    }
+    all.push_back(w_ih), all.push_back(w_hh);
+    if (s.bias) all.push_back(b_ih), all.push_back(b_hh);
+    return all;
+  }
+
+  const Case c_;
+  const Problem<double>& p_;
+  const CellInfo& info_;
+  const int64_t H_;
+  std::vector<int> from_, length_, active_;
+  std::vector<int64_t> offset_;
+  int steps_;
+  cuda::Schedule schedule_;
+  int64_t rows_, y_row_;
+  std::vector<float> input_, bias_, carry_;
+  std::vector<T> w_hh_, state_[max_states], final_[max_states], y_, operand_, saved_, gates_;
+};
+
+template <class T>
+void check_case(const Case& c) {
+  const std::string name = c.name() + " " + Type<T>::name;
+  Problem<double> p(c.shape);
+  for (auto& w : p.weights) round<T>(w);
+  for (int i = 0; i < max_states; ++i) round<T>(p.state[i]), round<T>(p.dstate[i]);
+  round<T>(p.dy);
+  emulated::set_seed(0);
+  Layer<T> layer(c, p);
+  const PersistentPlan plan = layer.plan(false);
+  if (!check(!plan.reason && !layer.plan(true).reason, name + ": there is a plan")) return;
+  const double epsilon = c.tf32 ? 0x1p-10 : Type<T>::epsilon,
+               terms = fmax(4, ceil(log2(double(c.shape.H * c.shape.T))));
+  const Arrays<double> want = reference_forward(p, false), got = layer.forward(true);
+  for (size_t i = 0; i < want.size(); ++i)
+    close(got[i], want[i], 4 * terms, epsilon, name + ": forward output " + std::to_string(i));
+  check(same_bits(got, Layer<T>(c, p).forward(false)), name + ": training changes no bit");
+  check(same_bits(got, Layer<T>(c, p).forward(true, 2)), name + ": pieces of time change no bit");
+  const auto tape = make_tape(p);
+  tests::forward(p, tape.get());
+  const Arrays<double> exact = tests::backward(p, *tape), grads = layer.backward();
+  const auto inputs = p.inputs();
+  check(exact.size() == grads.size(), name + ": a gradient for every input");
+  for (size_t i = 0; i < exact.size() && i < grads.size(); ++i)
+    close(grads[i], exact[i], 8 * terms, epsilon, name + ": gradient of " + inputs[i].first);
+  for (uint64_t seed = 1; seed <= 2; ++seed) {
+    emulated::set_seed(seed * 7919);
+    Layer<T> again(c, p);
+    check(same_bits(again.forward(true), got) && same_bits(again.backward(), grads),
+          name + ": the order of threads changes no bit");
+  }
+  emulated::set_seed(0);
+}
+
+void check_kernels() {
+  for (int cell = 0; cell < cell_count; ++cell)
+    for (const Exchange exchange : {Exchange::cluster, Exchange::grid}) {
+      // Tails: H not a multiple of 8, groups with a block of padding, slices not full, lengths with 0 among them.
+      Case c{{cell, 5, 3, 4, 37}, exchange, 2, 8};
+      c.shape.lengths = true;
+      check_case<float>(c);
+      check_case<__half>(c);
+      check_case<__nv_bfloat16>(c);
+      c.shape = {cell, 3, 11, 3, 24}, c.blocks = 3 - (exchange == Exchange::cluster), c.shape.reverse = true;
+      check_case<__nv_bfloat16>(c);
+      c.columns = 16, c.shape.lengths = true;
+      check_case<float>(c);
+      c.tf32 = true, c.shape.state = false, c.shape.bias = false;
+      check_case<float>(c);
+    }
+}
+
+void check_groups() {
+  for (const int blocks : {1, 4, 8, 16}) {
+    check_case<__nv_bfloat16>({{0, 3, 2, 3, int64_t(blocks) * 8}, Exchange::cluster, blocks, 8});
+    check_case<__half>({{2, 3, 2, 3, int64_t(blocks) * 8 - 3}, Exchange::grid, blocks, 8});
+  }
+  // More chunks of k than the registers hold: the rest is in shared memory. Blocks of nothing but padding.
+  check_case<float>({{0, 3, 2, 3, 248}, Exchange::cluster, 16, 8});
+  check_case<__nv_bfloat16>({{1, 2, 2, 3, 600}, Exchange::cluster, 16, 8});
+  check_case<__half>({{2, 2, 2, 3, 520}, Exchange::cluster, 16, 8});
+  check_case<__nv_bfloat16>({{0, 2, 40, 3, 32}, Exchange::grid, 2, 24});
+  // Slices narrower than the products.
+  for (const Exchange exchange : {Exchange::cluster, Exchange::grid}) {
+    check_case<float>({{0, 3, 5, 3, 40}, exchange, 2, 1});
+    check_case<float>({{1, 3, 5, 3, 40}, exchange, 2, 3});
+    check_case<__half>({{2, 3, 5, 3, 40}, exchange, 2, 1});
+    check_case<float>({{3, 3, 13, 3, 40}, exchange, 1, 11, true});
+  }
+}
+
+// Every plan that the model may choose is one that a device has room for, and two at once leave room for each other.
+void check_plans() {
+  int found = 0;
+  for (int cell = 0; cell < cell_count; ++cell)
+    for (const int size : {2, 4})
+      for (const bool backward : {false, true})
+        for (const int H : {1, 24, 128, 200, 512, 768, 1024, 2048})
+          for (const int batch : {1, 7, 8, 16, 64, 100, 1000})
+            for (const int at_once : {1, 2}) {
+              const PersistentPlan p = persistent_plan(cells[cell], size, backward, H, batch, false, hopper, at_once);
+              if (p.reason) continue;
+              ++found;
+              const bool grid = p.exchange == Exchange::grid;
+              const std::string what =
+                  std::string(cells[cell].name) + " plan of H=" + std::to_string(H) + " B=" + std::to_string(batch);
+              check(p.shared_bytes <= hopper.shared_per_block, what + ": shared memory");
+              check(p.blocks * p.units >= H && p.units % 8 == 0 && p.slices * p.columns >= batch,
+                    what + ": covers all");
+              check(p.blocks <= (grid ? hopper.processors / at_once / p.slices : 16), what + ": blocks");
+              check(p.units * p.columns <= cuda::persistent_pairs * cuda::persistent_threads,
+                    what + ": pairs of a thread");
+              for (int q = 0; q < cells[cell].phases; ++q)
+                check(p.stage[q].row_warps * p.stage[q].depth_warps <= cuda::persistent_warps &&
+                          p.stage[q].row_warps * cuda::row_tile / p.stage[q].fold >= p.stage[q].rows &&
+                          p.stage[q].depth_warps * p.stage[q].warp_chunks >= p.stage[q].chunks,
+                      what + ": warps");
+            }
+  check(found > 500, "plans are found");
+  check(persistent_plan(cells[0], 8, false, 64, 1, false, hopper).reason != nullptr, "float64 has no plan");
+}
+
+}  // namespace
+}  // namespace fusedrnn::tests
+
+int main(int, char**) {
+  using namespace fusedrnn::tests;
+  check_kernels();
+  check_groups();
+  check_plans();
+  printf("%d passed, %d failed\n", passed.load(), failed.load());
+  return failed != 0;
+}
