@@ -151,7 +151,7 @@ def run(args: argparse.Namespace) -> int:
     summary = report.summary_lines(result["summary"], labels)
     if summary:
         print("", *summary, sep="\n")
-    judged = [] if result["settings"]["quick"] else goals.rows(result["cases"])
+    judged = [] if result["settings"]["quick"] else goals.rows(result["cases"], result["roofs"])
     if judged:
         print("", *report.goal_lines(judged), sep="\n")
         print(f"\nAgainst peers and the peak: {report.goals_met(judged)}")

@@ -67,8 +67,10 @@ def _lines(
             "",
             "## Goals",
             "",
-            f"{report.goals_met(goals)} against peers and the peak. What bounds the others, and what was "
-            "tried, is in the performance notebook, docs/performance.md.",
+            f"{report.goals_met(goals)} against peers and the peak. At the roof: what the value would be if "
+            "we took no longer than the products take at the peak, or their weights take from the cache that "
+            "holds them. What bounds us, and what was tried, is in the performance notebook, "
+            "docs/performance.md.",
             "",
         ]
         lines += _table([name for name, _ in report.GOAL_COLUMNS], list(map(report.goal_cells, goals)))

@@ -155,6 +155,7 @@ GOAL_COLUMNS = [
     ("value", 7),
     ("goal", 9),
     ("met", 3),
+    ("at the roof", 11),
 ]
 
 
@@ -168,6 +169,7 @@ def goal_cells(row: dict[str, Any]) -> list[str]:
         digits(row["value"]),
         f"{row['goal']['sense']} {digits(row['goal']['limit'])}",
         "yes" if row["met"] else "NO",
+        digits(row["roof"]),
     ]
 
 

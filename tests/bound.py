@@ -10,6 +10,7 @@ from math import ceil, log2, sqrt
 from typing import Any, NamedTuple
 
 import numpy as np
+from devices import eps, exact, host, numpy_dtype, on_device
 
 import fusedrnn as fr
 from fusedrnn import reference
@@ -45,6 +46,7 @@ class Case(NamedTuple):
     dropout: float = 0.0
     batch_first: bool = False
     seed: int = 0
+    device: str = "cpu"
 
 
 class Call(NamedTuple):
@@ -62,15 +64,15 @@ def make_layer(case: Case) -> fr.Layer:
     kind, options, _ = OFFERED[case.cell]
     return kind(
         case.I, case.H, case.L, case.bias, case.batch_first, case.dropout, case.D == 2,
-        dtype=np.dtype(case.dtype), seed=case.seed, **options,
+        dtype=case.dtype, seed=case.seed, device=case.device, **options,
     )  # fmt: skip
 
 
 def draw(case: Case) -> Call:
-    rng = np.random.default_rng(case.seed)
+    rng, dtype = np.random.default_rng(case.seed), numpy_dtype(case.dtype)
 
     def normal(*shape: int) -> Array:
-        return rng.standard_normal(shape).astype(case.dtype)
+        return rng.standard_normal(shape).astype(dtype)
 
     def states() -> Any:
         h, *c = (normal(case.L * case.D, case.B, case.H) for _ in range(reference.CELLS[case.cell].states))
@@ -104,10 +106,28 @@ def named(y: Array, final: Any, dx: Array, dstate: Any, dparams: dict[str, Array
 
 
 def run(call: Call, **options: Any) -> Named:
-    """Through the kernels; `options` are forward's."""
-    y, final, tape = call.layer.forward(call.x, call.state, call.lengths, **options)
-    grads = call.layer.backward(tape, call.dy, call.dstate)
-    return named(y, final, grads.x, grads.state, dict(grads.params))
+    """Through the kernels; `options` are forward's. On a GPU with arrays that are there already."""
+    given = there(call)
+    y, final, tape = call.layer.forward(given.x, given.state, call.lengths, **options)
+    grads = call.layer.backward(tape, given.dy, given.dstate)
+    return at_host(named(y, final, grads.x, grads.state, dict(grads.params)))
+
+
+def there(call: Call) -> Call:
+    """The call with its arrays on the layer's device, in the same layout."""
+    if call.layer.device == "cpu":
+        return call
+
+    def moved(state: Any) -> Any:
+        return tuple(map(on_device, state)) if isinstance(state, tuple) else on_device(state)
+
+    return call._replace(
+        x=on_device(call.x), state=moved(call.state), dy=on_device(call.dy), dstate=moved(call.dstate)
+    )
+
+
+def at_host(results: dict[str, Any]) -> Named:
+    return {name: host(a) for name, a in results.items()}
 
 
 def run_reference(call: Call, masks: list[Array] | None = None) -> Named:
@@ -117,15 +137,18 @@ def run_reference(call: Call, masks: list[Array] | None = None) -> Named:
     def swap(a: Array) -> Array:
         return a.swapaxes(0, 1) if layer.batch_first else a
 
+    def exactly(state: Any) -> Any:
+        return None if state is None else tuple(map(exact, as_tuple(state)))
+
     y, final, tape = reference.stack_forward(
-        layer.cell, swap(call.x), tuple(layer.params.values()),
-        None if call.state is None else as_tuple(call.state), call.lengths,
+        layer.cell, exact(swap(call.x)), tuple(map(exact, layer.params.values())),
+        exactly(call.state), call.lengths,
         layer.num_layers, 2 if layer.bidirectional else 1, layer.bias, masks,
     )  # fmt: skip
     grads = reference.stack_backward(
         tape,
-        None if call.dy is None else swap(call.dy),
-        None if call.dstate is None else as_tuple(call.dstate),
+        None if call.dy is None else exact(swap(call.dy)),
+        exactly(call.dstate),
     )
     params = dict(zip(layer.params, grads.params, strict=True))
     return named(swap(y), final, swap(grads.x), grads.state, params)
@@ -135,6 +158,15 @@ def run_function(module: Any, case: Case, call: Call, reverse: bool) -> Named:
     """The functional forms of fusedrnn or its reference on the call's arrays: one layer, one direction."""
     _, options, name = OFFERED[case.cell]
     weights = (*call.layer.params.values(), None, None)[:4]
+    if module is reference:
+        weights = tuple(map(exact, weights))
+        call = call._replace(
+            x=exact(call.x), dy=exact(call.dy),
+            state=None if call.state is None else tuple(map(exact, as_tuple(call.state))),
+            dstate=None if call.dstate is None else tuple(map(exact, as_tuple(call.dstate))),
+        )  # fmt: skip
+    else:
+        call = there(call)
     state = () if call.state is None else (None if s is None else s[0] for s in as_tuple(call.state))
     state = dict(zip(("h0", "c0"), state, strict=False))
     *out, tape = getattr(module, f"{name}_forward")(
@@ -144,7 +176,7 @@ def run_function(module: Any, case: Case, call: Call, reverse: bool) -> Named:
     grads = getattr(module, f"{name}_backward")(tape, call.dy, *dstate)
     states = tuple(s for s in (grads.h0, grads.c0) if s is not None)
     params = {k: getattr(grads, k) for k in ("w_ih", "w_hh", "b_ih", "b_hh") if getattr(grads, k) is not None}
-    return named(out[0], tuple(out[1:]), grads.x, states, params)
+    return at_host(named(out[0], tuple(out[1:]), grads.x, states, params))
 
 
 def assert_close(name: str, got: Array, want: Array, terms: int, scale: float, backward: bool) -> None:
@@ -152,7 +184,7 @@ def assert_close(name: str, got: Array, want: Array, terms: int, scale: float, b
     assert got.shape == want.shape, name
     error = np.abs(got.astype(np.float64) - want)
     factor = (8 if backward else 4) * max(4, ceil(log2(max(terms, 1))))
-    bound = factor * np.finfo(got.dtype).eps * max(np.linalg.norm(want), scale * sqrt(want.size))
+    bound = factor * eps(got.dtype) * max(np.linalg.norm(want), scale * sqrt(want.size))
     if not np.linalg.norm(error) <= bound:
         worst = np.unravel_index(np.argmax(np.where(np.isnan(error), np.inf, error)), error.shape)
         raise AssertionError(
@@ -163,7 +195,7 @@ def assert_close(name: str, got: Array, want: Array, terms: int, scale: float, b
 
 def assert_within_bound(got: Named, want: Named, case: Case, backwards: int = 1) -> None:
     """Every result under the bound; `backwards` counts the backward passes whose gradients were added up."""
-    _, _, T, B, I, H, _, D, *_ = case
+    T, B, I, H, D = case.T, case.B, case.I, case.H, case.D
     inputs = max(I, D * H) if case.L > 1 else I
     K = inputs + H  # a pre-activation is so many products
     K_grad = max(K, reference.CELLS[case.cell].gates * H)  # dx and dh sum over the gates' rows

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 import numpy as np
 import pytest
 from bound import OFFERED, as_tuple, assert_close
+from devices import exact, host, needs_gpu
 
 import fusedrnn as fr
 
@@ -18,6 +19,11 @@ def cell(request) -> str:
 @pytest.fixture(params=["float32", "float64"])
 def dtype(request) -> np.dtype:
     return np.dtype(request.param)
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=needs_gpu)])
+def device(request) -> str:
+    return request.param
 
 
 @pytest.fixture
@@ -64,7 +70,8 @@ def reference_of() -> Callable:
 
     def run(layer, x, state=None, lengths=None):
         return fr.reference.stack_forward(
-            layer.cell, x, tuple(layer.params.values()), None if state is None else as_tuple(state), lengths,
+            layer.cell, x, tuple(map(exact, layer.params.values())),
+            None if state is None else as_tuple(state), lengths,
             layer.num_layers, 2 if layer.bidirectional else 1, layer.bias,
         )  # fmt: skip
 
@@ -87,9 +94,9 @@ def unchanged() -> Callable:
 
     @contextmanager
     def block(*arrays: np.ndarray) -> Iterator[None]:
-        before = [a.tobytes() for a in arrays]
+        before = [host(a).tobytes() for a in arrays]
         yield
         for index, (array, was) in enumerate(zip(arrays, before, strict=True)):
-            assert array.tobytes() == was, f"array {index} was written"
+            assert host(array).tobytes() == was, f"array {index} was written"
 
     return block

@@ -7,6 +7,7 @@ from itertools import product
 import numpy as np
 import pytest
 from bound import as_tuple
+from devices import host
 
 import fusedrnn as fr
 from fusedrnn import _core
@@ -25,9 +26,9 @@ def terms(layer, steps=T):
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize(("num_layers", "bidirectional"), STACKS)
 def test_layer_and_its_gradients_are_the_reference(
-    cell, dtype, num_layers, bidirectional, bias, make_layer, normal, reference_of, close
+    cell, dtype, device, num_layers, bidirectional, bias, make_layer, normal, reference_of, close
 ):
-    layer = make_layer(cell, I, H, num_layers, bias, bidirectional=bidirectional, dtype=dtype)
+    layer = make_layer(cell, I, H, num_layers, bias, bidirectional=bidirectional, dtype=dtype, device=device)
     rows, width = num_layers * (1 + bidirectional), (1 + bidirectional) * H
     x, dy = normal(T, B, I, dtype=dtype), normal(T, B, width, dtype=dtype)
     count = 2 if cell == "lstm" else 1
@@ -94,8 +95,8 @@ def test_functional_forms_are_the_reference(cell, dtype, bias, reverse, function
 
 
 @pytest.mark.parametrize("missing", ["state", "h", "c"])
-def test_missing_states_are_zeros(missing, normal):
-    layer = fr.LSTM(I, H, 2, seed=0)
+def test_missing_states_are_zeros(missing, device, normal):
+    layer = fr.LSTM(I, H, 2, seed=0, device=device)
     x, h, zeros = normal(T, B, I), normal(2, B, H), np.zeros((2, B, H), np.float32)
     given, full = {
         "state": (None, (zeros, zeros)),
@@ -108,8 +109,8 @@ def test_missing_states_are_zeros(missing, normal):
 # --- Shapes and layouts ---------------------------------------------------------------------------
 
 
-def test_batch_first_transposes_x_y_and_their_gradients(cell, make_layer, normal):
-    options = dict(num_layers=2, bidirectional=True)
+def test_batch_first_transposes_x_y_and_their_gradients(cell, device, make_layer, normal):
+    options = dict(num_layers=2, bidirectional=True, device=device)
     first, major = make_layer(cell, I, H, batch_first=True, **options), make_layer(cell, I, H, **options)
     x, dy = normal(B, T, I), normal(B, T, 2 * H)
     y, state, tape = first.forward(x)
@@ -124,8 +125,8 @@ def test_batch_first_transposes_x_y_and_their_gradients(cell, make_layer, normal
 
 
 @pytest.mark.parametrize("batch_first", [False, True])
-def test_unbatched_input_is_a_batch_of_one(cell, batch_first, make_layer, normal):
-    layer = make_layer(cell, I, H, 2, batch_first=batch_first, bidirectional=True)
+def test_unbatched_input_is_a_batch_of_one(cell, device, batch_first, make_layer, normal):
+    layer = make_layer(cell, I, H, 2, batch_first=batch_first, bidirectional=True, device=device)
     x, dy = normal(T, I), normal(T, 2 * H)
     axis = 0 if batch_first else 1
 
@@ -201,8 +202,8 @@ def test_any_layout_of_the_inputs_gives_the_same_bits(cell, lay_out, functions, 
 
 
 @pytest.mark.parametrize("steps,batch", [(0, B), (T, 0), (0, 0)])
-def test_empty_sequences_and_batches(cell, steps, batch, make_layer, normal):
-    layer = make_layer(cell, I, H, 2, bidirectional=True)
+def test_empty_sequences_and_batches(cell, device, steps, batch, make_layer, normal):
+    layer = make_layer(cell, I, H, 2, bidirectional=True, device=device)
     state = tuple(normal(4, batch, H) for _ in range(2 if cell == "lstm" else 1))
     given = state if cell == "lstm" else state[0]
     x, dy = normal(steps, batch, I), normal(steps, batch, 2 * H)
@@ -213,12 +214,12 @@ def test_empty_sequences_and_batches(cell, steps, batch, make_layer, normal):
     grads = layer.backward(tape, dy, given)
     assert grads.x.shape == x.shape
     np.testing.assert_array_equal(as_tuple(grads.state), state)
-    np.testing.assert_array_equal(grads.flat, np.zeros_like(layer.flat_params))
+    np.testing.assert_array_equal(grads.flat, np.zeros(layer.flat_params.shape))
 
 
 @pytest.mark.parametrize("batch_first", [False, True])
-def test_out_is_written_and_returned(cell, batch_first, make_layer, normal):
-    layer = make_layer(cell, I, H, batch_first=batch_first)
+def test_out_is_written_and_returned(cell, device, batch_first, make_layer, normal):
+    layer = make_layer(cell, I, H, batch_first=batch_first, device=device)
     x = normal(T, B, I)
     want, _ = layer(x)
     for call in (layer, layer.forward, layer.freeze()):
@@ -295,14 +296,14 @@ def test_initial_parameters_are_uniform_and_seeded(cell, dtype, make_layer):
     assert abs(layer.flat_params.astype(np.float64).var() / (bound**2 / 3) - 1) < 5 / np.sqrt(n)
 
 
-def test_state_dict_round_trip(cell, make_layer, normal):
-    layer, other = make_layer(cell, I, H, 2), make_layer(cell, I, H, 2, seed=9)
+def test_state_dict_round_trip(cell, device, make_layer):
+    layer, other = (make_layer(cell, I, H, 2, seed=s, device=device) for s in (1, 9))
     state = layer.state_dict()
     assert list(state) == list(layer.params)
     other.load_state_dict(state)
-    np.testing.assert_array_equal(other.flat_params, layer.flat_params)
-    state["weight_hh_l0"][...] = 0
-    assert layer.params["weight_hh_l0"].any(), "a state dict holds copies"
+    np.testing.assert_array_equal(host(other.flat_params), host(layer.flat_params))
+    state["weight_hh_l0"][...] = np.zeros(state["weight_hh_l0"].shape, np.float32)
+    assert host(layer.params["weight_hh_l0"]).any(), "a state dict holds copies"
 
 
 def test_load_state_dict_takes_its_own_views_in_any_order():

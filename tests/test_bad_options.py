@@ -23,7 +23,7 @@ OPTIONS = {
     "bool for dropout": ({"dropout": True}, TypeError, "dropout must be a number, got True"),
     "projection": ({"proj_size": 2}, NotImplementedError, "projections are not supported: .*got 2"),
     "negative projection": ({"proj_size": -1}, ValueError, "proj_size must be at least 0, got -1"),
-    "half": ({"dtype": np.float16}, TypeError, "dtype must be float32 or float64, got float16"),
+    "half": ({"dtype": np.float16}, TypeError, "dtype must be float32 or float64, got float16; it needs"),
     "complex": ({"dtype": complex}, TypeError, "dtype must be float32 or float64, got complex128"),
     "swapped bytes": ({"dtype": np.dtype("=f4").newbyteorder()}, TypeError, "dtype must be float32 or"),
     "no dtype": ({"dtype": None}, TypeError, "dtype must be float32 or float64, got None"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import sys
 from dataclasses import replace
 from functools import partial
 
@@ -14,7 +15,7 @@ import pytest
 import fusedrnn as fr
 from fusedrnn import bench
 from fusedrnn._cli import CommandError
-from fusedrnn.bench import goals, measure, page, ratios, report, shapes
+from fusedrnn.bench import goals, gpu, measure, page, ratios, report, shapes
 from fusedrnn.bench.engines import Candidate, Ours
 from fusedrnn.bench.peers import PEERS
 
@@ -105,9 +106,20 @@ def test_peer_agrees_or_says_what_it_lacks(name, cell, tmp_path, capsys):
     assert set(result["machine"]["versions"]) >= set(PEERS[name].needs)
 
 
+ROOFS = [
+    {"level": "L1", "bytes": 1 << 14, "threads": 2, "gb_per_s": 400.0},
+    {"level": "memory", "bytes": 1 << 26, "threads": 2, "gb_per_s": 10.0},
+]
+
+
 def case_row(cell, work, shape, ratios, share=0.5, series="standard"):
-    """A measured case as goals.py and report.py read it; `ratios`: by peer."""
+    """A measured case as goals.py and report.py read it; `ratios`: by peer. At the peak it would take 1 s."""
     return dict(zip("BTIH", shape, strict=True)) | {
+        "dtype": "float32",
+        "flops": 1e11,
+        "intensity": 1.0,
+        "peak_gflops": {"max": 100.0},
+        "ours": {"seconds": {"median": 1 / share}},
         "cell": cell,
         "work": work,
         "series": series,
@@ -144,22 +156,32 @@ def test_goals_judge_the_mean_the_worst_shape_and_the_least_share():
         case_row("lstm", "forward", (64, 50, 512, 512), {"torch": 1.1}, share=0.89),
         case_row("lstm", "forward", (64, 50, 512, 512), {"torch": 0.1}, share=0.1, series="H"),
     ]
-    found = {row["title"]: row for row in goals.rows(cases)}
+    found = {row["title"]: row for row in goals.rows(cases, [])}
     mean, worst = found["best peer, geometric mean"], found["best peer, worst shape"]
     assert mean["value"] == pytest.approx((4.0 * 0.9 * 1.1) ** (1 / 3))
     assert mean["met"] == (mean["value"] >= goals.AGAINST_BEST["forward"]["lstm"][0])
     assert (worst["value"], worst["at"], worst["met"]) == (0.9, "32,100,256,256", False)
     assert (found["share of the peak"]["value"], found["share of the peak"]["met"]) == (0.89, False)
+    assert found["share of the peak"]["roof"] == pytest.approx(1.0)
+    assert worst["roof"] == pytest.approx(0.9 / 0.91)
+
+
+@pytest.mark.parametrize("H, seconds", [(32, 1.0), (64, 10.0)])  # 8 KB of W_hh a thread, in L1; 32 KB, not
+def test_roof_is_the_peak_or_the_cache_that_holds_the_weights(H, seconds):
+    case = case_row("lstm", "forward", (1, 100, H, H), {})
+    assert goals.roof_seconds(case, ROOFS) == pytest.approx(seconds)
+    assert goals.roof_seconds(case, []) == pytest.approx(1.0)
 
 
 @pytest.mark.parametrize("H, limit", [(16, 6.0), (64, 6.0), (128, 3.5), (256, 2.8), (1024, 1.1), (2048, 0)])
 def test_goals_of_a_step_depend_on_its_size(H, limit):
-    rows = goals.rows([case_row("gru", "stream", (1, 1, H, H), {"onnxruntime": 3.0, "torch": 2.0})])
+    case = case_row("gru", "stream", (1, 1, H, H), {"onnxruntime": 3.0, "torch": 2.0})
+    rows = goals.rows([case], ROOFS)
     assert [(row["value"], row["goal"]["limit"]) for row in rows] == ([(3.0, limit)] if limit else [])
 
 
 def test_goals_need_peers():
-    assert goals.rows([case_row("rnn", "train", (1, 100, 64, 64), {})]) == []
+    assert goals.rows([case_row("rnn", "train", (1, 100, 64, 64), {})], ROOFS) == []
 
 
 def test_default_cases_are_the_standard_shapes():
@@ -346,7 +368,7 @@ def test_ratios_are_read_back_and_shown(tmp_path, capsys):
         assert line in measured
         assert line in read
 
-    name = page.write(result, goals.rows(result["cases"]), {}, tmp_path)
+    name = page.write(result, goals.rows(result["cases"], result["roofs"]), {}, tmp_path)
     written = (tmp_path / name).read_text(encoding="utf-8")
     section = written[written.index("## Ratios of our own times") :]
     for row in result["ratios"]:
@@ -559,3 +581,21 @@ def test_slot_is_warmed_up(monkeypatch):
     monkeypatch.setattr(measure, "SLOW", 0.0)
     measure.timed(candidate("a", lambda: calls.append(1)), 1)
     assert len(calls) == 3 + 1 + 1
+
+
+# --- On a GPU -----------------------------------------------------------------------------------------------
+
+
+def test_gpu_cases_have_goals_and_names_of_their_own():
+    cases = list(gpu.cases(quick=False))
+    assert {case.group for case in cases} == set(gpu.GOALS)
+    assert len({(case.group, str(case)) for case in cases}) == len(cases)
+    assert {case.train for case in gpu.cases(quick=True)} == {False}
+
+
+def test_gpu_says_that_it_needs_one(capsys, monkeypatch):
+    torch = pytest.importorskip("torch")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(sys, "argv", ["gpu"])
+    assert gpu.main() == 2
+    assert "needs a GPU" in capsys.readouterr().err

@@ -15,6 +15,7 @@ from bound import (
     run,
     run_reference,
 )  # fmt: skip
+from devices import every_device, every_place
 
 import fusedrnn as fr
 
@@ -43,7 +44,7 @@ def masks(case, seed):
     return [mask(seed, case.dropout, layer, shape) for layer in range(1, case.L)]
 
 
-def identity_stack(p, size, layers=2, bidirectional=False, dtype=np.float64):
+def identity_stack(p, size, layers=2, bidirectional=False, dtype=np.float64, device="cpu"):
     """A stack whose y is x times all its masks for x >= 0; with two directions, both in turn hold x."""
     layer = fr.RNN(
         size, size, layers, False, dropout=p, bidirectional=bidirectional, nonlinearity="relu", dtype=dtype
@@ -53,19 +54,20 @@ def identity_stack(p, size, layers=2, bidirectional=False, dtype=np.float64):
         if name.startswith("weight_ih"):
             start = size if name.endswith("_reverse") and view.shape[1] > size else 0
             view[:, start : start + size] = np.eye(size)
-    return layer
+    return layer.to(device)
 
 
 # --- Masks --------------------------------------------------------------------------------------------------
 
 
+@every_device
 @every_dtype
 @pytest.mark.parametrize("bidirectional", [False, True])
 @pytest.mark.parametrize("p", [0.1, 0.5, 0.9])
 @pytest.mark.parametrize("seed", [0, 12345, 2**64 - 1])
-def test_masks_are_the_documented_ones_and_scaled_by_the_inverse(dtype, bidirectional, p, seed):
+def test_masks_are_the_documented_ones_and_scaled_by_the_inverse(device, dtype, bidirectional, p, seed):
     T, B, size = 9, 7, 37
-    layer = identity_stack(p, size, bidirectional=bidirectional, dtype=dtype)
+    layer = identity_stack(p, size, bidirectional=bidirectional, dtype=dtype, device=device)
     y, _, tape = layer.forward(np.ones((T, B, size), dtype), seed=seed)
     want = mask(seed, p, 1, y.shape)
     assert set(np.unique(y)) == {0, np.dtype(dtype).type(1 / (1 - p))}
@@ -165,11 +167,11 @@ def test_masks_do_not_depend_on_threads_or_layout(cell, dtype, ragged, D):
 
 
 @every_cell
-@every_dtype
+@every_place
 @every_lengths
 @pytest.mark.parametrize("L, D, p", [(2, 1, 0.5), (2, 2, 0.3), (3, 1, 0.2), (3, 2, 0.5)])
-def test_values_and_gradients_under_the_same_masks(cell, dtype, ragged, L, D, p):
-    case = Case(cell, dtype, 6, 7, 5, 19, L, D, ragged=ragged, dropout=p)
+def test_values_and_gradients_under_the_same_masks(cell, device, dtype, ragged, L, D, p):
+    case = Case(cell, dtype, 6, 7, 5, 19, L, D, ragged=ragged, dropout=p, device=device)
     call, seed = draw(case), 2**63 + 11
     got = run(call, seed=seed)
     assert_within_bound(got, run_reference(call, masks(case, seed)), case)

@@ -1,5 +1,7 @@
 """lengths: each sequence is computed as if it were alone, padding is not read, and any integers do."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 from bound import as_tuple
@@ -11,8 +13,8 @@ LENGTHS = [4, 7, 0, 1, 4]
 
 
 @pytest.fixture
-def layer(cell, make_layer):
-    return make_layer(cell, I, H, 2, bidirectional=True)
+def layer(cell, device, make_layer):
+    return make_layer(cell, I, H, 2, bidirectional=True, device=device)
 
 
 def states(layer, normal, batch=B):
@@ -49,15 +51,18 @@ def test_the_reference_agrees(layer, normal, reference_of, close):
 
 
 def test_each_sequence_is_computed_as_if_alone(layer, normal):
+    # On a GPU another batch may take another path, whose sums are in another order.
+    rounding = 0 if layer.device == "cpu" else 1e-5
+    same = partial(np.testing.assert_allclose, rtol=rounding, atol=rounding)
     x, state = normal(T, B, I), states(layer, normal)
     y, final = layer(x, given(state), LENGTHS)
     for b, n in enumerate(LENGTHS):
         alone = tuple(s[:, b].copy() for s in state)
         y_alone, final_alone = layer(x[:n, b], given(alone))
-        np.testing.assert_array_equal(y[:n, b], y_alone)
+        same(y[:n, b], y_alone)
         np.testing.assert_array_equal(y[n:, b], np.zeros((T - n, 2 * H)))
         for got, want in zip(as_tuple(final), as_tuple(final_alone), strict=True):
-            np.testing.assert_array_equal(got[:, b], want)
+            same(got[:, b], want)
         if n == 0:
             for got, want in zip(as_tuple(final), state, strict=True):
                 np.testing.assert_array_equal(got[:, b], want[:, b])

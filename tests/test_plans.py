@@ -45,7 +45,8 @@ def test_every_plan_of_a_grid(cell, dtype, shape):
         want = run(call)
     # chunk_steps acts on forward alone and chunk_rows on backward alone, so they need not be crossed.
     # Only chunks of one step can be fused (1), or not (2).
-    chunks = [(1, B, 1), (1, 0, 2), (2, B + 1, 0), (3, 2 * B, 0), (T - 1, 3 * B + 1, 0), (T, T * B, 0), (0, 0, 0)]
+    chunks = [(1, B, 1), (1, 0, 2), (2, B + 1, 0), (3, 2 * B, 0), (T - 1, 3 * B + 1, 0), (T, T * B, 0)]
+    chunks.append((0, 0, 0))
     with fr.num_threads(9):
         for row_threads, unit_threads, chunk in product((1, 2, 3), (1, 2, 3), chunks):
             chunk_steps, chunk_rows, fused = chunk
@@ -72,7 +73,7 @@ def test_drawn_plans(cell, dtype):
     sizes = st.builds(
         Case, st.just(cell), st.just(dtype), st.integers(1, 12), st.integers(1, 24), st.integers(1, 40),
         st.integers(1, 100), st.integers(1, 4), st.integers(1, 2), st.booleans(), st.booleans(),
-        st.just("given"), st.just("both"), st.just(0.0), st.just(False), st.integers(0, 99),
+        st.just("given"), st.just("both"), st.just(0.0), st.just(False), st.integers(0, 99), st.just("cpu"),
     )  # fmt: skip
     plans = st.tuples(
         st.integers(0, 4), st.integers(0, 4), st.integers(0, 13), st.integers(0, 300), st.integers(0, 4),

@@ -2,37 +2,11 @@
 #pragma once
 
 #include <pybind11/numpy.h>
-#include <pybind11/pybind11.h>
 
-#include <chrono>
-#include <stdexcept>
-#include <string>
-#include <thread>
-
+#include "bindings/common.h"
 #include "cpu/stack.h"
 
 namespace fusedrnn::bindings {
-
-namespace py = pybind11;
-
-// Releases the GIL. A thread that outlives the interpreter is parked here, as Python 3.14 does itself: the pthread_exit
-// of older ones would unwind through a destructor and abort the process.
-class GilRelease {
- public:
-  GilRelease() : state_(PyEval_SaveThread()) {}
-  ~GilRelease() {
-    try {
-      PyEval_RestoreThread(state_);
-    } catch (...) {
-      for (;;) std::this_thread::sleep_for(std::chrono::hours(1));
-    }
-  }
-  GilRelease(const GilRelease&) = delete;
-  GilRelease& operator=(const GilRelease&) = delete;
-
- private:
-  PyThreadState* state_;
-};
 
 struct PySpec {
   Spec spec;
@@ -43,10 +17,6 @@ struct PySpec {
 template <class Work>
 auto with_type(const PySpec& spec, Work work) {
   return spec.is_double ? work(double{}) : work(float{});
-}
-
-inline void expect(bool holds, const char* what) {
-  if (!holds) throw std::logic_error(std::string("fusedrnn._core: ") + what);
 }
 
 template <class T>

@@ -94,7 +94,6 @@ py::dict build_info() {
 #else
   info["compiler"] = "GCC " __VERSION__;
 #endif
-  info["cuda"] = "not built";
   return info;
 }
 

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from numpy import ndarray
 
+from . import _dtypes
 from ._typing import Array
 
 _FLOAT32, _FLOAT64 = np.dtype(np.float32), np.dtype(np.float64)
@@ -29,7 +30,7 @@ def array(where: str, name: str, value: Any, dtype: np.dtype[Any]) -> Array:
     if value.dtype != dtype:
         raise TypeError(
             f"{where}: {name} must have dtype {dtype}, got {value.dtype}; "
-            f"convert it with .astype(numpy.{dtype})"
+            f"convert it with .astype({'ml_dtypes' if str(dtype) == 'bfloat16' else 'numpy'}.{dtype})"
         )
     return value  # type: ignore[no-any-return]
 
@@ -41,6 +42,13 @@ def _plain(where: str, name: str, value: Any) -> Array:
     if isinstance(value, ndarray):
         raise TypeError(
             f"{where}: {name} must be a plain numpy.ndarray, got its subclass {type(value).__name__}"
+        )
+    from ._device import place  # which imports this file
+
+    at = place(value)
+    if at not in (None, "cpu"):
+        raise ValueError(
+            f"{where}: {name} must be on the cpu, where the rest of the call is, got an array on {at}"
         )
     raise TypeError(f"{where}: {name} must be a numpy.ndarray, got {type(value).__name__}")
 
@@ -180,11 +188,14 @@ def probability(where: str, name: str, value: Any) -> float:
     return p
 
 
-def float_dtype(where: str, value: Any) -> np.dtype[Any]:
-    dtype = np.dtype(value)
-    if value is None or (dtype != _FLOAT32 and dtype != _FLOAT64):  # numpy takes None for float64
-        raise TypeError(f"{where}: dtype must be float32 or float64, got {value if value is None else dtype}")
-    return _FLOAT32 if dtype == _FLOAT32 else _FLOAT64
+def float_dtype(where: str, value: Any, device: str = "cpu") -> np.dtype[Any]:
+    dtype = _dtypes.named(value)
+    known = _dtypes.HOST if device == "cpu" else _dtypes.DEVICE
+    if value is None or dtype not in known:  # numpy takes None for float64
+        names = ", ".join(map(str, known[:-1])) + f" or {known[-1]}"
+        hint = "; it needs device='cuda'" if value is not None and dtype in _dtypes.DEVICE else ""
+        raise TypeError(f"{where}: dtype must be {names}, got {value if value is None else dtype}{hint}")
+    return known[known.index(dtype)]
 
 
 def dropout_seed(where: str, value: Any) -> int:

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from . import _check, _core
+from . import _check, _core, _device, _dtypes
 from ._params import Layout
 
 
@@ -46,6 +46,7 @@ class Config(NamedTuple):
     dropout: float
     bidirectional: bool
     dtype: np.dtype[Any]
+    device: str = "cpu"
 
     @property
     def directions(self) -> int:
@@ -70,7 +71,7 @@ class Config(NamedTuple):
 
     @classmethod
     def from_plain(cls, plain: dict[str, Any]) -> Config:
-        return cls(**{**plain, "cell": CELLS[plain["cell"]], "dtype": np.dtype(plain["dtype"])})
+        return cls(**{**plain, "cell": CELLS[plain["cell"]], "dtype": _dtypes.named(plain["dtype"])})
 
     def __str__(self) -> str:
         """The arguments of a constructor's call, without those at their defaults."""
@@ -80,7 +81,17 @@ class Config(NamedTuple):
             for name, usual in _DEFAULTS.items()
             if getattr(self, name) != usual
         ]
-        return ", ".join([*parts, f"dtype={self.dtype}"])
+        parts.append(f"dtype={self.dtype}")
+        return ", ".join(parts if self.device == "cpu" else [*parts, f"device={self.device!r}"])
+
+    def moved(self, device: Any, dtype: Any) -> Config:
+        """The same, elsewhere or in another dtype; None leaves it."""
+        where = self.cell.family
+        device = self.device if device is None else _device.parsed(where, device)
+        return self._replace(
+            device=device,
+            dtype=_check.float_dtype(where, self.dtype if dtype is None else dtype, device),
+        )
 
 
 _DEFAULTS = {"num_layers": 1, "bias": True, "batch_first": False, "dropout": 0.0, "bidirectional": False}
@@ -97,9 +108,11 @@ def checked(
     bidirectional: bool,
     proj_size: int,
     dtype: Any,
+    device: Any,
 ) -> Config:
     row = CELLS[cell]
     where = row.family
+    place = _device.parsed(where, device)
     config = Config(
         row,
         _check.integer(where, "input_size", input_size, 1),
@@ -109,7 +122,8 @@ def checked(
         _check.flag(where, "batch_first", batch_first),
         _check.probability(where, "dropout", dropout),
         _check.flag(where, "bidirectional", bidirectional),
-        _check.float_dtype(where, dtype),
+        _check.float_dtype(where, dtype, place),
+        place,
     )
     if _check.integer(where, "proj_size", proj_size, 0):
         raise NotImplementedError(
@@ -175,5 +189,10 @@ class Configured:
 
     @property
     def dtype(self) -> np.dtype[Any]:
-        """numpy.float32 or numpy.float64: that of every array of this layer."""
+        """numpy.float32 or float64, on a GPU also float16 or bfloat16: that of every array of this layer."""
         return self._config.dtype
+
+    @property
+    def device(self) -> str:
+        """Where the parameters are and the kernels run: "cpu", or for example "cuda:0"."""
+        return self._config.device

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Any, Generic, NoReturn, Protocol, Self
 
-import numpy as np
+import numpy.typing as npt
 
 from . import _check, _core
 from ._config import Config, Configured
 from ._params import Params
-from ._stack import Stack
+from ._stack import Stack, stack_on
 from ._typing import Array, FloatArray, Lengths, State, StateLike
 
 
@@ -30,27 +30,26 @@ class Frozen(Configured, Generic[State]):
 
     __slots__ = ("_config", "_flat", "_panels", "_params", "_stack", "_weights")
 
-    _flat: Array
-    _panels: _core.Panels
+    _flat: Any
+    _panels: _core.Panels | None
     _params: Params
     _stack: Stack
     _weights: tuple[Array, ...]
 
-    def __init__(self, config: dict[str, Any], flat_params: Array) -> None:
-        flat = np.array(flat_params)
-        flat.flags.writeable = False
+    def __init__(self, config: dict[str, Any], flat_params: Any) -> None:
         checked = Config.from_plain(config)
         layout = checked.layout()
+        stack = stack_on(checked.device, checked, layout)
+        flat = stack.on.read_only(stack.on.own(flat_params, checked.dtype))
         views = layout.named_views(flat)
-        stack = Stack(checked, layout)
         weights = tuple(views.values())
         for name, value in (
             ("_config", checked),
             ("_flat", flat),
             ("_stack", stack),
             ("_weights", weights),
-            ("_params", Params(stack.where, views)),
-            ("_panels", _core.pack(stack.spec, weights)),
+            ("_params", Params(stack.where, views, stack.on)),
+            ("_panels", stack.on.pack(stack.spec, weights)),
         ):
             object.__setattr__(self, name, value)
 
@@ -90,7 +89,14 @@ class Frozen(Configured, Generic[State]):
 
     @property
     def nbytes(self) -> int:
-        return self._flat.nbytes + self._panels.nbytes
+        return int(self._flat.nbytes) + (0 if self._panels is None else self._panels.nbytes)
+
+    def to(self, device: Any = None, dtype: npt.DTypeLike | None = None) -> Frozen[State]:
+        """This on another device, or in another dtype, as `layer.to` has it; itself where nothing changes."""
+        config = self._config.moved(device, dtype)
+        if config == self._config:
+            return self
+        return type(self)(config.plain(), self._flat)
 
     def __setattr__(self, name: str, value: object) -> NoReturn:
         raise AttributeError(f"a frozen layer cannot be changed: {name} is read-only")
@@ -118,7 +124,8 @@ class _Step(Protocol):
 class Stream(Generic[State]):
     """The state of sequences that a frozen layer advances step by step, made by `frozen.stream(batch_size)`.
 
-    T steps give the same bits as one call on all T. A stream belongs to one thread: a second step while one
+    T steps give the same bits as one call on all T (on a GPU: nearly the same numbers; there a step also
+    allocates). A stream belongs to one thread: a second step while one
     runs raises a RuntimeError. It pickles, and deepcopy continues from the same state; both streams then
     share the frozen layer.
     """
@@ -140,7 +147,7 @@ class Stream(Generic[State]):
 
     step: _Step
     _frozen: Frozen[State]
-    _kernel: _core.Stream
+    _kernel: Any
 
     def __init__(self, frozen: Frozen[State], batch_size: int = 1) -> None:
         stack = frozen._stack
@@ -157,13 +164,13 @@ class Stream(Generic[State]):
             stack.dtype,
         )
         self._frozen = frozen
-        self._kernel = _core.Stream(stack.spec, frozen._weights, frozen._panels, batch)
+        self._kernel = stack.stream(frozen._weights, frozen._flat, frozen._panels, batch)
         self.step = self._kernel.step  # the compiled method itself: no Python between a step and its kernel
 
     @property
     def batch_size(self) -> int:
         """B, the number of sequences."""
-        return self._kernel.batch_size
+        return int(self._kernel.batch_size)
 
     @property
     def state(self) -> State:

@@ -10,11 +10,12 @@ from functools import lru_cache
 from typing import Any, Literal
 
 import numpy as np
+from numpy import ndarray
 
-from . import _check
+from . import _check, _device, _host
 from ._config import CELLS, Config, gru_cell as _gru_name, rnn_cell as _rnn_name
 from ._params import Layout
-from ._stack import ALL, Stack, States
+from ._stack import ALL, STATES, Stack, States, stack_on
 from ._tape import FunctionalGrads, Tape
 from ._typing import Array, FloatArray, Lengths, Wrt
 
@@ -30,13 +31,24 @@ MaybeArray = FloatArray | None
 
 
 @lru_cache(maxsize=256)
-def _stack(cell: str, dtype: np.dtype[Any], inputs: int, hidden: int, bias: bool, reverse: bool) -> Stack:
+def _stack(
+    cell: str, dtype: np.dtype[Any], inputs: int, hidden: int, bias: bool, reverse: bool, place: str
+) -> Stack:
     row = CELLS[cell]
     rows = row.gates * hidden
     shapes = ((rows, inputs), (rows, hidden), (rows,), (rows,))
     layout = Layout(dict(zip(_WEIGHTS[: 4 if bias else 2], shapes, strict=False)))
-    config = Config(row, inputs, hidden, 1, bias, False, 0.0, False, dtype)
-    return Stack(config, layout, reverse=reverse, functional=True)
+    config = Config(row, inputs, hidden, 1, bias, False, 0.0, False, dtype, place)
+    return stack_on(place, config, layout, reverse=reverse, functional=True)
+
+
+def _of_device(where: str, name: str, x: Any) -> Any:
+    """The `_device.Call` of an x that lies on a GPU; None for any other."""
+    at = _device.place(x)
+    if at is None or not at.startswith("cuda:"):
+        return None
+    _device.module()  # which says what is missing
+    return _device.Call(_device.Device(int(at[5:])), where, name, x)
 
 
 class _Form:
@@ -45,10 +57,12 @@ class _Form:
     def __init__(self, family: str) -> None:
         self.where = family
 
-    def prepare(self, cell: str, x: Any, weights: Weights, reverse: bool) -> tuple[Stack, tuple[Array, ...]]:
+    def prepare(
+        self, cell: str, x: Any, weights: Weights, reverse: bool, on: Any = _host
+    ) -> tuple[Stack, tuple[Array, ...]]:
         """The Stack for these arrays, and the weights that there are, checked."""
-        where, check = self.where, _check.array
-        dtype = _check.float_array(where, "x", x).dtype
+        where, check = self.where, on.array
+        dtype = on.float_array(where, "x", x).dtype
         w_ih, w_hh, b_ih, b_hh = weights
         if (b_ih is None) != (b_hh is None):
             raise ValueError(f"{where}: b_ih and b_hh must be given together, or neither")
@@ -60,11 +74,12 @@ class _Form:
         if w_ih.ndim != 2 or w_ih.shape[0] != rows or w_ih.size == 0:
             raise _check.shape_error(where, "w_ih", f"({rows}, I) with I > 0", w_ih.shape)
         stack = _stack(
-            cell, dtype, w_ih.shape[1], hidden, b_ih is not None, _check.flag(where, "reverse", reverse)
-        )
+            cell, dtype, w_ih.shape[1], hidden, b_ih is not None, _check.flag(where, "reverse", reverse),
+            on.name,
+        )  # fmt: skip
         if b_ih is None:
             return stack, (w_ih, w_hh)
-        shaped, shape = _check.shaped, (rows,)
+        shaped, shape = on.shaped, (rows,)
         return stack, (
             w_ih,
             w_hh,
@@ -82,14 +97,31 @@ class _Form:
         reverse: bool,
         out: Any,
         training: bool = False,
+        on: Any = _host,
     ) -> tuple[Any, ...]:
-        stack, checked = self.prepare(cell, x, weights, reverse)
-        ready = tuple([_check.ready(w) for w in checked])
+        if type(x) is not ndarray and on is _host and (call := _of_device(self.where, "x", x)):
+            return self._on_device(call, cell, x, weights, states, lengths, reverse, out, training)
+        stack, checked = self.prepare(cell, x, weights, reverse, on)
+        ready = tuple([on.ready(w) for w in checked])
         y, final, tape = stack.forward(ready, x, states, lengths, out, training=training)
         if tape is None:
             return y, *final
         tape._weights = checked  # the caller's own arrays, so that a change to them is seen
         return y, *final, tape
+
+    def _on_device(
+        self, call: Any, cell: str, x: Any, weights: Weights, states: States, lengths: Any, reverse: bool,
+        out: Any, training: bool,
+    ) -> tuple[Any, ...]:  # fmt: skip
+        """`run` for the arrays of any library on a GPU, whose results are that library's."""
+        with call:
+            x = call.take("x", x)
+            taken = call.take_each(_WEIGHTS, weights, x.dtype)
+            states = call.take_each(STATES, states, x.dtype)
+            into = call.take("out", out)
+            y, *rest = self.run(cell, x, taken, states, lengths, reverse, into, training, call.on)
+            final, tape = (rest[:-1], rest[-1:]) if training else (rest, [])
+            return call.give(y) if out is None else out, *map(call.give, final), *tape
 
     def backward(
         self, tape: Any, dy: Any, dstates: States, wrt: Wrt, retain: bool, into: FunctionalGrads | None
@@ -102,17 +134,25 @@ class _Form:
             raise ValueError(f"{where}: tape must come from {where}_forward, got another's")
         return stack.backward(tape, dy, dstates, wrt, retain, into, FunctionalGrads)
 
-    def step(self, cell: str, x_t: Any, weights: Weights, states: States) -> tuple[Any, ...]:
+    def step(
+        self, cell: str, x_t: Any, weights: Weights, states: States, on: Any = _host
+    ) -> tuple[Any, ...]:
         """A sequence of one step."""
         where = self.where
-        stack, checked = self.prepare(cell, _check.float_array(where, "x_t", x_t), weights, False)
+        if type(x_t) is not ndarray and on is _host and (call := _of_device(where, "x_t", x_t)):
+            with call:
+                x_t = call.take("x_t", x_t)
+                weights = call.take_each(_WEIGHTS, weights, x_t.dtype)
+                states = call.take_each(("h", "c"), states, x_t.dtype)
+                return tuple(map(call.give, self.step(cell, x_t, weights, states, call.on)))
+        stack, checked = self.prepare(cell, on.float_array(where, "x_t", x_t), weights, False, on)
         if x_t.ndim not in (1, 2) or x_t.shape[-1] != stack.inputs:
             raise _check.shape_error(where, "x_t", f"(B, {stack.inputs}) or ({stack.inputs},)", x_t.shape)
         batched = x_t.ndim == 2
         stack.kernel_states(
             ("h", "c"), states, len(x_t) if batched else 1, batched
         )  # errors by their names here
-        _, final, _ = stack.forward(tuple([_check.ready(w) for w in checked]), x_t[None], states, None, None)
+        _, final, _ = stack.forward(tuple([on.ready(w) for w in checked]), x_t[None], states, None, None)
         return final
 
 

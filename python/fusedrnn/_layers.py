@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Mapping
 from math import sqrt
-from typing import Any, ClassVar, Generic, Literal
+from typing import Any, ClassVar, Generic, Literal, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -14,7 +15,7 @@ from . import _check, _config
 from ._config import Config, Configured
 from ._frozen import Frozen
 from ._params import Params, gathered
-from ._stack import ALL, Stack
+from ._stack import ALL, stack_on
 from ._tape import Grads, Tape
 from ._typing import Array, FloatArray, Lengths, Seed, State, StateLike, Wrt
 
@@ -39,18 +40,22 @@ class Layer(Configured, Generic[State]):
         self._rng = np.random.default_rng(seed)
         size = config.layout().size
         bound = 1 / sqrt(self.hidden_size)
-        flat: Array = self._rng.random(size, dtype=self.dtype)
+        flat: Array = self._rng.random(size, np.float64 if self.dtype == np.float64 else np.float32)
         flat *= 2 * bound
         flat -= bound
         self._bind(flat)
 
-    def _bind(self, flat: Array) -> None:
-        layout = self._config.layout()
+    def _bind(self, flat: Any) -> None:
+        """Take `flat`, on the host or on the layer's own device, as the parameters."""
+        config = self._config
+        layout = config.layout()
+        self._stack = stack_on(config.device, config, layout)
+        if config.device != "cpu" and isinstance(flat, np.ndarray):
+            flat = self._stack.on.own(flat, config.dtype)
         views = layout.named_views(flat)
-        self._flat = flat
-        self._stack = Stack(self._config, layout)
+        self._flat: Any = flat
         self._weights = tuple(views.values())
-        self._params = Params(self._stack.where, views)
+        self._params = Params(self._stack.where, views, self._stack.on)
 
     def __call__(
         self,
@@ -175,7 +180,10 @@ class Layer(Configured, Generic[State]):
 
     @property
     def params(self) -> Params:
-        """Writable views into `flat_params` by PyTorch's names; assigning to a key copies in."""
+        """Writable views into `flat_params` by PyTorch's names; assigning to a key copies in.
+
+        On a GPU they are `DeviceArray`s.
+        """
         return self._params
 
     @property
@@ -184,12 +192,12 @@ class Layer(Configured, Generic[State]):
 
         Assigning copies in, so `layer.flat_params -= step` works as on any array.
         """
-        return self._flat
+        return self._flat  # type: ignore[no-any-return]
 
     @flat_params.setter
     def flat_params(self, values: Array) -> None:
         if values is not self._flat:
-            self._flat[...] = _check.shaped(
+            self._flat[...] = self._stack.on.shaped(
                 self._stack.where, "flat_params", values, self._flat.dtype, self._flat.shape
             )
 
@@ -210,7 +218,36 @@ class Layer(Configured, Generic[State]):
             For another dtype than the layer's; likewise.
         """
         stack = self._stack
-        self._flat[...] = gathered(stack.where, mapping, stack.layout, stack.dtype)
+        self._flat[...] = gathered(stack.where, mapping, stack.layout, stack.dtype, stack.on)
+
+    def to(self, device: Any = None, dtype: npt.DTypeLike | None = None) -> Self:
+        """The layer on another device, or in another dtype: a new one, or this one where nothing changes.
+
+        The parameters are copied, and rounded where the dtype is narrower; the generator of dropout's seeds
+        goes on from where it is in both.
+
+        Parameters
+        ----------
+        device : "cpu", "cuda" or "cuda:N"; optional
+            "cuda" is the current device.
+        dtype : optional
+            numpy.float32 or float64, on a GPU also numpy.float16 or "bfloat16".
+
+        Raises
+        ------
+        TypeError, ValueError
+            For a device or dtype that there is not, and for float16 or bfloat16 on the CPU.
+        RuntimeError
+            If there is no GPU that can be used.
+        """
+        config = self._config.moved(device, dtype)
+        if config == self._config:
+            return self
+        other = copy.copy(self)
+        other._config = config
+        other._rng = copy.deepcopy(self._rng)
+        other._bind(stack_on(config.device, config, config.layout()).on.own(self._flat, config.dtype))
+        return other
 
     def freeze(self) -> Frozen[State]:
         """An immutable layer for inference with the parameters as they are now."""
@@ -227,8 +264,10 @@ class Layer(Configured, Generic[State]):
         self.__dict__.update(state)
         self._config = Config.from_plain(state["_config"])
         self._bind(
-            np.require(self._flat, requirements=["C", "A", "W"])
-        )  # out-of-band pickles may be read-only
+            np.require(self._flat, requirements=["C", "A", "W"])  # out-of-band pickles may be read-only
+            if isinstance(self._flat, np.ndarray)
+            else self._flat
+        )
 
     def __repr__(self) -> str:
         option = f", {self._option()}" if self.cell != self.cells[0] else ""
@@ -269,11 +308,15 @@ class LSTM(Layer[tuple[Array, Array]]):
         A second direction runs from each sequence's last step to its first: D = 2.
     proj_size : int
         Must be 0: projections are not supported.
-    dtype : numpy.float32 or numpy.float64
+    dtype : numpy.float32 or numpy.float64; on a GPU also numpy.float16 or "bfloat16"
         Of the parameters, and of every array that comes in and goes out.
     seed : int, SeedSequence, Generator or None
         For numpy.random.default_rng, which draws the parameters from U(-1/√H, 1/√H), and later the seeds of
         dropout.
+    device : "cpu", "cuda" or "cuda:N"
+        Where the parameters are and the kernels run. On a GPU a call takes numpy arrays, which it copies
+        there and whose results it copies back, or arrays on that GPU (of PyTorch, CuPy, JAX; `DeviceArray`),
+        which it uses without a copy on their library's current stream and answers in kind.
 
     Raises
     ------
@@ -312,10 +355,11 @@ class LSTM(Layer[tuple[Array, Array]]):
         *,
         dtype: npt.DTypeLike = np.float32,
         seed: Seed = None,
+        device: Any = "cpu",
     ) -> None:
         config = _config.checked(
             "lstm", input_size, hidden_size, num_layers, bias, batch_first,
-            dropout, bidirectional, proj_size, dtype,
+            dropout, bidirectional, proj_size, dtype, device,
         )  # fmt: skip
         super().__init__(config, seed)
 
@@ -336,7 +380,8 @@ class GRU(Layer[Array]):
 
     Parameters
     ----------
-    input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, proj_size, dtype, seed
+    input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, proj_size
+    dtype, seed, device
         As in `LSTM`.
     reset_after : bool
         Whether the reset gate acts after the product with W_hn, or before it. The two are different
@@ -359,11 +404,12 @@ class GRU(Layer[Array]):
         reset_after: bool = True,
         dtype: npt.DTypeLike = np.float32,
         seed: Seed = None,
+        device: Any = "cpu",
     ) -> None:
         cell = _config.gru_cell(reset_after)
         config = _config.checked(
             cell, input_size, hidden_size, num_layers, bias, batch_first,
-            dropout, bidirectional, proj_size, dtype,
+            dropout, bidirectional, proj_size, dtype, device,
         )  # fmt: skip
         super().__init__(config, seed)
 
@@ -385,7 +431,8 @@ class RNN(Layer[Array]):
 
     Parameters
     ----------
-    input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, proj_size, dtype, seed
+    input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, proj_size
+    dtype, seed, device
         As in `LSTM`.
     nonlinearity : "tanh" or "relu"
         What is applied to the sum.
@@ -407,11 +454,12 @@ class RNN(Layer[Array]):
         nonlinearity: Literal["tanh", "relu"] = "tanh",
         dtype: npt.DTypeLike = np.float32,
         seed: Seed = None,
+        device: Any = "cpu",
     ) -> None:
         cell = _config.rnn_cell(nonlinearity)
         config = _config.checked(
             cell, input_size, hidden_size, num_layers, bias, batch_first,
-            dropout, bidirectional, proj_size, dtype,
+            dropout, bidirectional, proj_size, dtype, device,
         )  # fmt: skip
         super().__init__(config, seed)
 

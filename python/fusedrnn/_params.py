@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from . import _check
+from . import _host
 from ._typing import Array
 
 
@@ -47,18 +47,21 @@ class Params(Mapping[str, Array]):
         For what is not an array of the layer's dtype and the parameter's shape, and for a read-only view.
     """
 
-    __slots__ = ("_views", "_where")
+    __slots__ = ("_on", "_views", "_where")
 
-    def __init__(self, where: str, views: dict[str, Array]) -> None:
+    def __init__(self, where: str, views: dict[str, Array], on: Any = _host) -> None:
+        """`on`: the place of the views; None where another library owns them and checks what it is given."""
         self._where = where
         self._views = views
+        self._on = on
 
     def __getitem__(self, key: str) -> Array:
         return self._views[key]
 
     def __setitem__(self, key: str, value: Array) -> None:
         view = self._views[key]
-        view[...] = _check.shaped(self._where, key, value, view.dtype, view.shape)
+        on = self._on
+        view[...] = value if on is None else on.shaped(self._where, key, value, view.dtype, view.shape)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._views)
@@ -70,7 +73,9 @@ class Params(Mapping[str, Array]):
         return f"Params({ {name: view.shape for name, view in self._views.items()} })"
 
 
-def gathered(where: str, mapping: Mapping[str, Any], layout: Layout, dtype: np.dtype[Any]) -> Array:
+def gathered(
+    where: str, mapping: Mapping[str, Any], layout: Layout, dtype: np.dtype[Any], on: Any = _host
+) -> Array:
     """A new flat buffer with the arrays of a state dict, which must be exactly the layout's."""
     if not isinstance(mapping, Mapping):
         raise TypeError(
@@ -83,10 +88,8 @@ def gathered(where: str, mapping: Mapping[str, Any], layout: Layout, dtype: np.d
             f"{where}: state_dict must have exactly the layer's keys, got {list(mapping)}: "
             f"missing {missing}, unexpected {extra}"
         )
-    flat: Array = np.empty(layout.size, dtype)
+    flat: Array = on.empty((layout.size,), dtype)
     for (name, shape), view in zip(layout.shapes.items(), layout.views(flat), strict=True):
         value = mapping[name]
-        if not isinstance(value, np.ndarray) and hasattr(value, "__array__"):  # a framework's tensor
-            value = np.asarray(value)
-        view[...] = _check.shaped(where, f"state_dict[{name!r}]", value, dtype, shape)
+        view[...] = on.shaped(where, f"state_dict[{name!r}]", on.from_dict(value), dtype, shape)
     return flat

@@ -6,7 +6,7 @@ from typing import Any, Literal, overload
 
 import numpy as np
 
-from . import _core
+from . import _core, _device
 from ._threads import get_num_threads
 
 
@@ -34,6 +34,7 @@ def show_config(mode: Literal["stdout", "dict"] = "stdout") -> dict[str, Any] | 
         "isa": _core.isa(),
         "available_isas": _core.available_isas(),
         "num_threads": get_num_threads(),
+        "cuda": _device.description(),
         **build,
     }
     if mode == "dict":

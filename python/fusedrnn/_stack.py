@@ -8,22 +8,20 @@ nowhere else.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from math import prod
 from typing import Any, TypeVar
 
-from numpy import empty, ndarray
+from numpy import ndarray
 
-from . import _check, _core
+from . import _check, _core, _host
 from ._config import Config
 from ._params import Layout
 from ._tape import Grads, Tape
 from ._threads import local_threads
 from ._typing import Array, Wrt
 
-LARGE = 1 << 18  # elements: malloc keeps smaller arrays by itself
 ALL: Wrt = ("x", "state", "params")
-_STATES = ("h0", "c0")
-_FINAL_GRADS = ("dh_n", "dc_n")
+STATES = ("h0", "c0")
+FINAL_GRADS = ("dh_n", "dc_n")
 
 States = tuple[Array | None, ...]
 G = TypeVar("G", bound=Grads[Any])
@@ -34,17 +32,22 @@ class Stack:
 
     __slots__ = (
         "batch_first", "dtype", "functional", "hidden", "inputs", "layout",
-        "rows", "spec", "states", "where", "width",
+        "on", "rows", "spec", "states", "where", "width",
     )  # fmt: skip
 
     def __init__(
-        self, config: Config, layout: Layout, *, reverse: bool = False, functional: bool = False
+        self, config: Config, layout: Layout, *, reverse: bool = False, functional: bool = False,
+        on: Any = _host
     ) -> None:
-        """`functional`: one layer in one direction, whose states have no axis of layers."""
+        """`functional`: one layer in one direction, whose states have no axis of layers.
+
+        `on`: where the arrays are and the kernels run, the module `_host` or a `_device.Device`.
+        """
         cell, inputs, hidden, num_layers, bias, batch_first, *_ = config
         self.where = cell.family
         self.states = cell.states
-        self.spec = _core.Spec(
+        self.on = on
+        self.spec: Any = on.Spec(
             cell.name, config.dtype, inputs, hidden, num_layers, config.directions, bias, reverse
         )
         self.layout = layout
@@ -73,8 +76,8 @@ class Stack:
 
         `weights` are C-contiguous; `flat`, where there is one, is the buffer that they are all in.
         """
-        where, dtype = self.where, self.dtype
-        x = _check.array(where, "x", x, dtype)
+        where, dtype, on = self.where, self.dtype, self.on
+        x = on.array(where, "x", x, dtype)
         shape = x.shape
         batched = len(shape) == 3
         if (not batched and len(shape) != 2) or shape[-1] != self.inputs:
@@ -82,21 +85,21 @@ class Stack:
             raise _check.shape_error(where, "x", order.format(self.inputs), shape)
         x = self._time_major(x, batched)
         steps, batch, _ = x.shape
-        kernel_states = self.kernel_states(_STATES, states, batch, batched)
+        kernel_states = self.kernel_states(STATES, states, batch, batched)
         given_lengths = lengths
         if lengths is not None:
-            lengths = _check.lengths(where, lengths, steps, (batch,) if batched else ())
+            lengths = on.lengths(where, lengths, steps, (batch,) if batched else ())
         y_shape = (*shape[:-1], self.width)
         if out is None:
             y = self._empty(y_shape)
         else:
             inputs = _named_inputs(x, given_lengths, states, weights if flat is None else (flat,))
-            y = _check.out(where, out, dtype, y_shape, inputs)
+            y = on.out(where, out, dtype, y_shape, inputs)
         final_shape = self._state_shape(batch, batched)
         final = tuple([self._empty(final_shape) for _ in range(self.states)])
 
         _core.set_local_threads(local_threads())
-        kernel_tape = _core.forward(
+        kernel_tape = on.forward(
             self.spec,
             weights,
             x,
@@ -125,7 +128,7 @@ class Stack:
         kind: type[G],
     ) -> G:
         """Gradients of what `wrt` names, added to those in `into`, or else in new arrays."""
-        where = self.where
+        where, on = self.where, self.on
         if not isinstance(tape, Tape):
             raise TypeError(f"{where}: tape must be a Tape, got {type(tape).__name__}")
         if tape._stack is not self:
@@ -136,9 +139,9 @@ class Stack:
         wanted = _wanted(where, wrt)
         if dy is not None:
             y_shape = self._caller_shape(steps, batch, self.width, batched)
-            dy = _check.shaped(where, "dy", dy, self.dtype, y_shape)
+            dy = on.shaped(where, "dy", dy, self.dtype, y_shape)
             dy = self._time_major(dy, batched)
-        dstates = self.kernel_states(_FINAL_GRADS, dstates, batch, batched)
+        dstates = self.kernel_states(FINAL_GRADS, dstates, batch, batched)
         if dy is None and dstates is None:
             raise ValueError(f"{where}: dy or a gradient of the final state must be given, got None for all")
 
@@ -146,18 +149,18 @@ class Stack:
             grads = self._new_grads(kind, wanted, steps, batch, batched)
         else:
             grads = self._checked_into(into, kind, wanted, steps, batch, batched)
-            for name, read in (("x", x), ("dy", dy), *zip(_FINAL_GRADS, dstates or (), strict=False)):
+            for name, read in (("x", x), ("dy", dy), *zip(FINAL_GRADS, dstates or (), strict=False)):
                 for want, held in zip(wanted, (grads.x, grads._states, grads.flat), strict=True):
-                    if want and read is not None and any(_check.overlap(read, g) for g in _tuple(held)):
+                    if want and read is not None and any(on.overlap(read, g) for g in _tuple(held)):
                         raise ValueError(f"{where}: accumulate_into must not share memory with {name}")
 
         want_x, want_state, want_params = wanted
         _core.set_local_threads(local_threads())
-        weights = tuple([_check.ready(w) for w in tape._weights])
+        weights = tuple([on.ready(w) for w in tape._weights])
         if not retain:
             tape._claim(where)
         try:
-            _core.backward(
+            on.backward(
                 self.spec,
                 weights,
                 kernel_tape,
@@ -176,6 +179,9 @@ class Stack:
         if not retain:
             tape._close()
         return grads
+
+    def stream(self, weights: tuple[Array, ...], flat: Any, panels: Any, batch: int) -> Any:
+        return _core.Stream(self.spec, weights, panels, batch)
 
     # A cell's states are a tuple inside; outside, h stands alone where there is no c
 
@@ -198,11 +204,11 @@ class Stack:
         """Checked states, C-contiguous and (L*D, B, H); None where all are zeros."""
         if states is None or all([state is None for state in states]):
             return None
-        shape = self._state_shape(batch, batched)
+        on, shape = self.on, self._state_shape(batch, batched)
         taken: list[Array | None] = []
         for name, state in zip(names, states, strict=False):
             if state is not None:
-                state = _check.ready(_check.shaped(self.where, name, state, self.dtype, shape))
+                state = on.ready(on.shaped(self.where, name, state, self.dtype, shape))
                 if len(shape) != 3:
                     state = state.reshape(self.rows, batch, self.hidden)
             taken.append(state)
@@ -230,8 +236,8 @@ class Stack:
         return tuple([s.reshape(self.rows, batch, self.hidden) for s in states])
 
     def _empty(self, shape: tuple[int, ...]) -> Array:
-        try:  # large ones in kept memory: the first touch of fresh pages costs more than computing them
-            return _core.empty(shape, self.dtype) if prod(shape) > LARGE else empty(shape, self.dtype)
+        try:
+            return self.on.empty(shape, self.dtype)  # type: ignore[no-any-return]
         except ValueError:  # numpy's own text names no argument
             raise ValueError(
                 f"{self.where}: x must be small enough for its results, got one of shape {shape}, "
@@ -274,13 +280,23 @@ class Stack:
                     f"{where}: accumulate_into has no gradient of {name}; leave {name!r} out of wrt"
                 )
             for array in _tuple(held) if want else ():
-                _check.shaped(where, f"accumulate_into's gradient of {name}", array, self.dtype, shape)
+                self.on.shaped(where, f"accumulate_into's gradient of {name}", array, self.dtype, shape)
                 if not (self._time_major(array, batched) if name == "x" else array).flags.carray:
                     raise ValueError(
                         f"{where}: accumulate_into's gradient of {name} must be what backward made, "
                         f"got an array with strides {array.strides}"
                     )
         return into
+
+
+def stack_on(place: str, config: Config, layout: Layout, **options: bool) -> Stack:
+    """The Stack for "cpu" or "cuda:N"."""
+    if place == "cpu":
+        return Stack(config, layout, **options)
+    from ._device import Device
+    from ._device_stack import DeviceStack
+
+    return DeviceStack(config, layout, on=Device(int(place.partition(":")[2])), **options)
 
 
 def _tuple(arrays: Any) -> tuple[Array, ...]:
@@ -301,5 +317,5 @@ def _named_inputs(
 ) -> Iterator[tuple[str, Array | None]]:
     yield "x", x
     yield "lengths", lengths if isinstance(lengths, ndarray) else None
-    yield from zip(_STATES, states or (), strict=False)
+    yield from zip(STATES, states or (), strict=False)
     yield from (("the parameters", w) for w in weights)

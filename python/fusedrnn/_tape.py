@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Generic, NoReturn
 
-from . import _core
+import numpy as np
+
+from . import _core, _host
 from ._params import Layout, Params
 from ._typing import Array, State
 
@@ -17,8 +19,8 @@ class Tape:
 
     Made by `layer.forward` and the functional `*_forward`; used once, unless `backward(..., retain=True)`
     keeps it for another backward. It refers to x and to the parameters and holds a checksum of both: if
-    either was changed in between, backward raises a RuntimeError. A tape belongs to the layer that made it,
-    and cannot be copied or pickled.
+    either was changed in between, backward raises a RuntimeError. (Of a numpy array that went to a GPU it
+    keeps the copy.) A tape belongs to the layer that made it, and cannot be copied or pickled.
 
     Attributes
     ----------
@@ -82,6 +84,8 @@ class Tape:
 class Grads(Generic[State]):
     """Gradients of a layer's input, initial state and parameters; None for what `wrt` left out.
 
+    The arrays are of the kind that backward was given: numpy's, or on a GPU those of the caller's library.
+
     Attributes
     ----------
     x : ndarray
@@ -111,8 +115,11 @@ class Grads(Generic[State]):
 
     @property
     def params(self) -> Params:
-        views: Any = None if self.flat is None else Params("grads", self._layout.named_views(self.flat))
-        return views  # type: ignore[no-any-return]
+        flat = self.flat
+        if flat is None:
+            return None  # type: ignore[return-value]
+        on = _host if isinstance(flat, np.ndarray) else getattr(flat, "_on", None)
+        return Params("grads", self._layout.named_views(flat), on)
 
     def __repr__(self) -> str:
         held = [name for name in ("x", "state", "params") if getattr(self, name) is not None]
