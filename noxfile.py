@@ -35,6 +35,13 @@ def counts(session: nox.Session) -> None:
 
 
 @nox.session
+def emulated(session: nox.Session) -> None:
+    """The tests of the GPU's kernels and their API, run on the CPU; arguments go to pytest."""
+    session.install("-C", "cmake.define.FUSEDRNN_CUDA=EMULATED", ".[test]")
+    session.run("pytest", "-k", "cuda or test_device", *session.posargs)
+
+
+@nox.session
 def peers(session: nox.Session) -> None:
     """The tests with the live oracles installed."""
     session.install(".[test,peers]")
