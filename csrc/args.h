@@ -27,7 +27,7 @@ struct Rows {
   T* base;
   ptrdiff_t step;
   const ptrdiff_t* row;  // (B)
-  FUSEDRNN_HD_INLINE T* at(int64_t s, int64_t j) const { return base + s * step + row[j]; }
+  FUSEDRNN_INLINE T* at(int64_t s, int64_t j) const { return base + s * step + row[j]; }
 };
 
 struct Schedule {

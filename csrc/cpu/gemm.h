@@ -1,4 +1,5 @@
-// The one microkernel (`multiply`), its two kinds of tiles, and the packing of what it multiplies. Compiled once per ISA, in that ISA's namespace.
+// The one microkernel (`multiply`), its two kinds of tiles, and the packing of what it multiplies. Compiled once per ISA, in
+// that ISA's namespace.
 //
 // A tile is C[r][n] = Cin[r][n] + sum over k, in ascending order, of A[r][k] B[k][n]: MR rows of A against a few vectors
 // of B, all of C in registers. Each element is one chain of fma, so its bits do not depend on how a product is cut into

@@ -26,7 +26,6 @@ struct Sequence {  // a (T, B, width) array with strides in elements
 
 struct Options {
   bool tf32 = false;          // products of float32 may round their factors to TF32
-  bool deterministic = true;  // always; here so that a reader sees it
 };
 
 // What a training forward keeps for its backward passes. Freed on the stream it was made on.
