@@ -30,6 +30,15 @@ struct Rows {
   FUSEDRNN_INLINE T* at(int64_t s, int64_t j) const { return base + s * step + row[j]; }
 };
 
+// Where a row of the batch has its parts at one step; null for those that it does not have.
+template <class T>
+struct Place {
+  const T *x, *h;      // what the products multiply: x_t (I) and h_{t-1} (H)
+  T* operand;          // of the second phase (H)
+  T *y, *copy, *last;  // what h_t is stored to (H)
+  T *state, *saved;    // the second state (H), in place, and the tape's values (saved * H)
+};
+
 struct Schedule {
   int64_t steps, batch;
   const int64_t* active;  // (steps + 1): rows running at step s, never increasing; active[steps] = 0
@@ -85,6 +94,8 @@ struct ForwardArgs {
   // Workspace
   T* pre;                         // per thread [chunk_steps][its rows][its blocks][slots * lanes], pre_thread apart
   int64_t pre_thread;
+  Place<T>* place;                // per thread [its rows], place_thread apart: at the step that runs
+  int64_t place_thread;
   T* carry;                       // (B, H): h from one range of steps to the next; null where there is one range
   const T* zeros;                 // H + lanes zeros
 };

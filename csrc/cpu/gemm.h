@@ -5,8 +5,8 @@
 // of B, all of C in registers. Each element is one chain of fma, so its bits do not depend on how a product is cut into
 // tiles: every choice of rows, of vectors and of threads gives the same result.
 //
-// B is a panel: blocks of NG vectors (for a forward product the gates of one vector of hidden units), each block
-// [K][NG * lanes] contiguous; a tile takes NB neighbouring blocks.
+// B is a panel: blocks of vectors (for a forward product the gates of one vector of hidden units), each block
+// [parts][K][NG * lanes], the parts at even distances; a tile takes a part of NB neighbouring blocks.
 #pragma once
 
 #include <utility>
@@ -26,6 +26,7 @@ struct Tile {
   const T* b;            // the first block's panel
   ptrdiff_t b_block;     // from block to block in the panel
   ptrdiff_t cin_block, cout_block;
+  int part;              // of the blocks
 };
 
 #if FUSEDRNN_ISA_ID == FUSEDRNN_ISA_avx512 || FUSEDRNN_ISA_ID == FUSEDRNN_ISA_neon
@@ -33,7 +34,12 @@ constexpr int tile_accumulators = 24;  // of 32 registers
 #else
 constexpr int tile_accumulators = 12;  // of 16 registers
 #endif
+constexpr int tile_rows = 6, tile_vectors = tile_accumulators / tile_rows;  // of the tile of most products
 constexpr int tile_max_vectors = 8;
+
+// How many of a block's vectors a tile takes: all, but half where registers are so few that it then has twice the rows.
+constexpr int tile_part(int vectors) { return vectors == 2 * tile_vectors ? tile_vectors : vectors; }
+constexpr int tile_parts(int vectors) { return vectors / tile_part(vectors); }
 
 constexpr int tile_max_rows(int vectors) {
   return tile_accumulators / vectors < 8 ? tile_accumulators / vectors : 8;
@@ -80,70 +86,79 @@ FUSEDRNN_INLINE void multiply(Vec<T> (&acc)[MR][NB * width], const T* const (&a)
   }
 }
 
-template <class T, int MR, int NG, int NB>
+template <class T, int MR, int NG, int NB, int parts>
 void tile_kernel(const Tile<T>& t) {
   using V = Vec<T>;
   constexpr int NV = NG * NB;
+  const T* b = t.b + t.part * (t.b_block / parts);
+  const ptrdiff_t first = t.part * NG * V::lanes;
   V acc[MR][NV];
   const T* a[MR];
 #pragma GCC unroll 8
   for (int r = 0; r < MR; ++r) {
     a[r] = t.a[r];
 #pragma GCC unroll 8
-    for (int v = 0; v < NV; ++v) acc[r][v] = V::load(t.cin[r] + v / NG * t.cin_block + v % NG * V::lanes);
+    for (int v = 0; v < NV; ++v) acc[r][v] = V::load(t.cin[r] + first + v / NG * t.cin_block + v % NG * V::lanes);
   }
   for (int64_t s = 0; s < t.segments; ++s)
-    multiply<T, MR, NG, NB>(acc, a, s * t.a_segment, t.a_stride, t.k, t.b + s * t.k * NG * V::lanes, t.b_block);
+    multiply<T, MR, NG, NB>(acc, a, s * t.a_segment, t.a_stride, t.k, b + s * t.k * NG * V::lanes, t.b_block);
 #pragma GCC unroll 8
   for (int r = 0; r < MR; ++r)
 #pragma GCC unroll 8
-    for (int v = 0; v < NV; ++v) acc[r][v].store(t.cout[r] + v / NG * t.cout_block + v % NG * V::lanes);
+    for (int v = 0; v < NV; ++v) acc[r][v].store(t.cout[r] + first + v / NG * t.cout_block + v % NG * V::lanes);
 }
 
 // A step's two products in one tile, in registers from the bias to the second: C[r][block] = bias + x W_ih + h W_hh. A
 // block has all of the cell's slots in C, of which a product feeds some.
 template <class T>
 struct StepTile {
-  const T *x[8], *h[8];        // MR rows each, I and H long
-  T* out[8];                   // MR rows of NB blocks, neighbours
+  const Place<T>* row;         // MR rows, whose x and h it reads
+  T* out;                      // MR rows of NB blocks, neighbours
+  ptrdiff_t out_row;           // from row to row
   const T *bias, *w_ih, *w_hh; // of the first block
   int64_t I, H;
   ptrdiff_t ih_block, hh_block;
+  int part;                    // of the blocks
 };
 
 template <class T, class Cell, int MR, int NB>
 void step_kernel(const StepTile<T>& t) {
   using V = Vec<T>;
   constexpr Span input = Cell::input, span = Cell::recurrent[0];
-  constexpr int NV = Cell::slots * NB;
+  constexpr int part = tile_part(Cell::slots), parts = tile_parts(Cell::slots), NV = part * NB;
+  static_assert(parts == 1 || (input.count == Cell::slots && span.count == Cell::slots));
+  const ptrdiff_t first = t.part * part * V::lanes;
   V acc[MR][NV];
   const T *x[MR], *h[MR];
 #pragma GCC unroll 8
   for (int r = 0; r < MR; ++r) {
-    x[r] = t.x[r], h[r] = t.h[r];
+    x[r] = t.row[r].x, h[r] = t.row[r].h;
 #pragma GCC unroll 8
-    for (int v = 0; v < NV; ++v) acc[r][v] = V::load(t.bias + v * V::lanes);
+    for (int v = 0; v < NV; ++v) acc[r][v] = V::load(t.bias + first + (v / part * Cell::slots + v % part) * V::lanes);
   }
-  multiply<T, MR, input.count, NB, Cell::slots, input.first>(acc, x, 0, 1, t.I, t.w_ih, t.ih_block);
-  multiply<T, MR, span.count, NB, Cell::slots, span.first>(acc, h, 0, 1, t.H, t.w_hh, t.hh_block);
+  multiply<T, MR, input.count / parts, NB, part, input.first>(acc, x, 0, 1, t.I, t.w_ih + t.part * (t.ih_block / parts),
+                                                              t.ih_block);
+  multiply<T, MR, span.count / parts, NB, part, span.first>(acc, h, 0, 1, t.H, t.w_hh + t.part * (t.hh_block / parts),
+                                                            t.hh_block);
 #pragma GCC unroll 8
   for (int r = 0; r < MR; ++r)
 #pragma GCC unroll 8
-    for (int v = 0; v < NV; ++v) acc[r][v].store(t.out[r] + v * V::lanes);
+    for (int v = 0; v < NV; ++v) acc[r][v].store(t.out + r * t.out_row + first + (v / part * Cell::slots + v % part) * V::lanes);
 }
 
-// The two families of kernels: what they are given, how many vectors a block has in C, and the one for MR rows, NB blocks.
+// The two families of kernels: what they are given, how many vectors a tile takes of a block and in how many parts, and the
+// one for MR rows, NB blocks.
 template <class T, int NG>
 struct Products {
   using Args = Tile<T>;
-  static constexpr int vectors = NG;
+  static constexpr int vectors = tile_part(NG), parts = tile_parts(NG);
   template <int MR, int NB>
-  static constexpr auto kernel() { return tile_kernel<T, MR, NG, NB>; }
+  static constexpr auto kernel() { return tile_kernel<T, MR, vectors, NB, parts>; }
 };
 template <class T, class Cell>
 struct Steps {
   using Args = StepTile<T>;
-  static constexpr int vectors = Cell::slots;
+  static constexpr int vectors = tile_part(Cell::slots), parts = tile_parts(Cell::slots);
   template <int MR, int NB>
   static constexpr auto kernel() { return step_kernel<T, Cell, MR, NB>; }
 };
@@ -169,9 +184,9 @@ struct TileTable {
 };
 
 template <class Family>
-FUSEDRNN_INLINE void run_tile(int rows, int blocks, const typename Family::Args& t) {
+FUSEDRNN_INLINE void run_tile(int rows, int blocks, typename Family::Args& t) {
   static constexpr TileTable<Family> table;
-  table.kernel[blocks][rows](t);
+  for (t.part = 0; t.part < Family::parts; ++t.part) table.kernel[blocks][rows](t);
 }
 
 // How a range is cut into `pieces` parts that differ by at most one.
@@ -180,12 +195,12 @@ struct Cut {
   FUSEDRNN_INLINE int64_t begin(int64_t i) const { return i * n / pieces; }
 };
 
-// The tiles of a product of `rows` rows and `blocks` blocks of NG vectors: even pieces, none smaller than need be.
+// The tiles of a product of `rows` rows and `blocks` blocks of `width` vectors: even pieces, none smaller than need be.
 struct Tiling {
   Cut row, block;
-  FUSEDRNN_INLINE Tiling(int64_t rows, int64_t blocks, int NG) {
-    // Four vectors a tile, or eight when the rows are too few to hide the latency of fma with four.
-    const int base = NG > 2 ? 1 : 4 / NG, wide = tile_max_vectors / NG;
+  FUSEDRNN_INLINE Tiling(int64_t rows, int64_t blocks, int width) {
+    // tile_vectors a tile, or eight when the rows are too few to hide the latency of fma with those.
+    const int NG = tile_part(width), base = NG < tile_vectors ? tile_vectors / NG : 1, wide = tile_max_vectors / NG;
     int64_t nb = rows <= tile_max_rows(NG * wide) ? wide : base;
     row = {rows, ceil_div(rows, tile_max_rows(NG * int(nb)))};
     block = {blocks, ceil_div(blocks, nb)};
@@ -210,31 +225,32 @@ FUSEDRNN_INLINE void transpose(Vec<T>* v) {
   if constexpr (size > 1) transpose<T, size / 2>(v);
 }
 
-// Packs a forward panel. w is (gates*H, K) row-major; out is [blocks of H][K][count * lanes], distance `stride` apart:
-// lane l of slot s of block b at depth k is w[gate(s) * H + b * lanes + l][k], or 0 past H.
+// Packs a forward panel. w is (gates*H, K) row-major; out is [blocks of H][parts][K][count / parts * lanes], blocks `stride`
+// apart: lane l of slot s of block b at depth k is w[gate(s) * H + b * lanes + l][k], or 0 past H.
 template <class T>
 void pack_gates(const T* w, int64_t H, int64_t K, const int* gate, int count, int64_t b0, int64_t b1, T* out,
                 int64_t stride) {
   using V = Vec<T>;
   constexpr int L = V::lanes;
+  const int part = tile_part(count), parts = tile_parts(count);
   for (int64_t b = b0; b < b1; ++b) {
     const int rows = int(H - b * L < L ? H - b * L : L);
     for (int64_t k = 0; k < K; k += L) {
       const int depth = int(K - k < L ? K - k : L);
       for (int s = 0; s < count; ++s) {
         const T* src = w + (gate[s] * H + b * L) * K + k;
-        T* dst = out + b * stride + k * count * L + s * L;
+        T* dst = out + b * stride + s / part * (stride / parts) + (k * part + s % part) * L;
         V v[L];
         if (rows == L && depth == L) {
 #pragma GCC unroll 16
           for (int l = 0; l < L; ++l) v[l] = V::load(src + l * K);
           transpose<T>(v);
 #pragma GCC unroll 16
-          for (int l = 0; l < L; ++l) v[l].store(dst + l * count * L);
+          for (int l = 0; l < L; ++l) v[l].store(dst + l * part * L);
         } else {
           for (int l = 0; l < L; ++l) v[l] = l < rows ? V::load(src + l * K, depth) : V(T(0));
           transpose<T>(v);
-          for (int l = 0; l < depth; ++l) v[l].store(dst + l * count * L);
+          for (int l = 0; l < depth; ++l) v[l].store(dst + l * part * L);
         }
       }
     }

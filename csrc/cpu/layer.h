@@ -79,10 +79,11 @@ struct Forward {
   const Share share;
   const int64_t blocks = share.b1 - share.b0;
   T* const pre;
+  Place<T>* const place;  // of the share's rows, at the step that runs
 
   Forward(const ForwardArgs<T>& args, const Team& team, int64_t begin, int64_t end)
       : a(args), begin(begin), end(end), share(share_of<T>(team, args.schedule, args.H)),
-        pre(args.pre + team.rank * args.pre_thread) {}
+        pre(args.pre + team.rank * args.pre_thread), place(args.place + team.rank * args.place_thread) {}
 
   // Rows of the share that run at step s: share.row(0) and the next.
   FUSEDRNN_INLINE int64_t running(int64_t s) const { return share.among(a.schedule.active[s]); }
@@ -96,6 +97,17 @@ struct Forward {
   }
   FUSEDRNN_INLINE T* saved(int64_t s, int64_t j, int64_t b) const {
     return a.saved + ((a.schedule.offset[s] + j) * a.H + b * L) * Cell::saved;
+  }
+  FUSEDRNN_INLINE Place<T> place_of(int64_t s, int64_t j) const {
+    const ptrdiff_t row = a.state_row[j];
+    return {a.x.at(s, j),
+            h_prev(s, j),
+            Cell::phases > 1 ? operand(s, j) : nullptr,
+            a.y.at(s, j),
+            a.copy.base ? a.copy.at(s, j) : nullptr,
+            j >= a.schedule.active[s + 1] ? a.final_state[0] + row : s + 1 == end && a.carry ? a.carry + row : nullptr,
+            Cell::states > 1 ? a.final_state[Cell::states - 1] + row : nullptr,
+            a.training ? saved(s, j, 0) : nullptr};
   }
   // The pre-activations of the share's row i at step s of the chunk that starts at step c, from block share.b0 on.
   FUSEDRNN_INLINE T* slots_at(int64_t s, int64_t c, int64_t i) const {
@@ -156,13 +168,20 @@ struct Forward {
 
   template <int p>
   FUSEDRNN_INLINE void phases(int64_t s, int64_t c, bool with_input, bool fused) const {
-    if (running(s) == 1)
-      one_row<p>(s, c, p == 0 && with_input);
-    else
+    const int64_t rows = running(s);
+    if (rows == 1) {
+      one_row<p>(place_of(s, share.row(0)), s, c, p == 0 && with_input);
+    } else if (rows > 0) {
+      if (p == 0)
+        for (int64_t i = 0; i < rows; ++i) place[i] = place_of(s, share.row(i));
       phase<p>(s, c, p == 0 && with_input, p == 0 && with_input && fused);
+    }
     if (p + 1 < Cell::phases || s + 1 < a.schedule.steps) share.wait();  // whoever called waits for the last
     if constexpr (p + 1 < Cell::phases) phases<p + 1>(s, c, with_input, fused);
   }
+
+  template <int p>
+  static FUSEDRNN_INLINE const T* multiplied(const Place<T>& at) { return p == 0 ? at.h : at.operand; }
 
   // slots += W_hh operand, then the cell, tile by tile while the slots are in the first cache level. In a chunk of one
   // step the input product comes just before: in the same tile, or before the tiles of a block, which reads one panel after
@@ -171,10 +190,11 @@ struct Forward {
   void phase(int64_t s, int64_t c, bool with_input, bool fused) const {
     constexpr Span span = Cell::recurrent[p];
     constexpr bool keeps_slots = Cell::phases > 1;
-    const int64_t all = running(s);
-    if (all == 0) return;
-    const Tiling tiling(all, blocks, fused ? Cell::slots : span.count);
-    alignas(64) T scratch[tile_accumulators * L];
+    const Tiling tiling(running(s), blocks, fused ? Cell::slots : span.count);
+    // Step s + 1 of x, which comes from far, is asked for along the way: a part of each row with each piece of the blocks.
+    const int64_t next_rows = with_input && s + 1 < end ? running(s + 1) : 0;
+    const Cut next_x{a.I, tiling.block.pieces};
+    alignas(64) T scratch[tile_accumulators * tile_parts(Cell::slots) * L];
     Tile<T> t;
     t.k = a.H, t.segments = 1, t.a_stride = 1, t.a_segment = 0;
     t.b_block = a.hh_block[p], t.cin_block = t.cout_block = slots;
@@ -182,47 +202,48 @@ struct Forward {
     both.I = a.I, both.H = a.H, both.ih_block = a.ih_block, both.hh_block = a.hh_block[p];
     for (int64_t n = 0; n < tiling.block.pieces; ++n) {
       const int64_t g = there_and_back(n, tiling.block.pieces, s + a.turn);
-      int64_t b0 = share.b0 + tiling.block.begin(g), b1 = share.b0 + tiling.block.begin(g + 1);
+      const int64_t b0 = share.b0 + tiling.block.begin(g), b1 = share.b0 + tiling.block.begin(g + 1);
       if (with_input && !fused) input_product(s, s + 1, b0, b1);
       t.b = both.w_hh = a.w_hh[p] + b0 * a.hh_block[p];
       both.w_ih = a.w_ih + b0 * a.ih_block, both.bias = a.bias + b0 * slots;
+      const bool in_scratch = fused && !keeps_slots;
+      const int64_t out_row = (in_scratch ? b1 - b0 : blocks) * slots;
       for (int64_t i = 0; i < tiling.row.pieces; ++i) {
-        const int64_t i0 = tiling.row.begin(i);
-        const int rows = int(tiling.row.begin(i + 1) - i0);
-        const auto slots_of = [&](int r) {
-          return fused && !keeps_slots ? scratch + r * (b1 - b0) * slots : slots_at(s, c, i0 + r) + (b0 - share.b0) * slots;
-        };
+        const int64_t i0 = tiling.row.begin(i), i1 = tiling.row.begin(i + 1);
+        const int rows = int(i1 - i0);
+        const Place<T>* const at = place + i0;
+        T* const out = in_scratch ? scratch : slots_at(s, c, i0) + (b0 - share.b0) * slots;
         if (n == 0 && share.barrier && i + 1 < tiling.row.pieces)  // the next rows, half of them from another core
-          for (int64_t next = i0 + rows; next < tiling.row.begin(i + 2); ++next)
-            prefetch<false>(p == 0 ? h_prev(s, share.row(next)) : operand(s, share.row(next)), a.H);
-        for (int r = 0; r < rows; ++r) {
-          const int64_t j = share.row(i0 + r);
-          t.a[r] = both.h[r] = p == 0 ? h_prev(s, j) : operand(s, j);
-          both.out[r] = slots_of(r);
-          t.cin[r] = t.cout[r] = both.out[r] + span.first * L;
-          if (fused) both.x[r] = a.x.at(s, j);
-          if (p + 1 == Cell::phases) {
-            prefetch<true>(a.y.at(s, j) + b0 * L, (b1 - b0) * L);
-            if (a.copy.base) prefetch<true>(a.copy.at(s, j) + b0 * L, (b1 - b0) * L);
-            if (a.training) prefetch<true>(saved(s, j, b0), (b1 - b0) * L * Cell::saved);
+          for (int64_t next = i1; next < tiling.row.begin(i + 2); ++next) prefetch<false>(multiplied<p>(place[next]), a.H);
+        for (int64_t r = i0; r < smallest(i1, next_rows); ++r)
+          prefetch<false>(place[r].x + a.x.step + next_x.begin(n), next_x.begin(n + 1) - next_x.begin(n));
+        if (p + 1 == Cell::phases)
+          for (int r = 0; r < rows; ++r) {
+            prefetch<true>(at[r].y + b0 * L, (b1 - b0) * L);
+            if (at[r].copy) prefetch<true>(at[r].copy + b0 * L, (b1 - b0) * L);
+            if (at[r].saved) prefetch<true>(at[r].saved + b0 * L * Cell::saved, (b1 - b0) * L * Cell::saved);
           }
-        }
-        if (!fused)
+        if (!fused) {
+          for (int r = 0; r < rows; ++r) {
+            t.a[r] = multiplied<p>(at[r]);
+            t.cin[r] = t.cout[r] = out + r * out_row + span.first * L;
+          }
           run_tile<Products<T, span.count>>(rows, int(b1 - b0), t);
-        else if constexpr (p == 0 && fuses)
+        } else if constexpr (p == 0 && fuses) {
+          both.row = at, both.out = out, both.out_row = out_row;
           run_tile<Steps<T, Cell>>(rows, int(b1 - b0), both);
+        }
         for (int r = 0; r < rows; ++r) {
-          T* row = slots_of(r);
-          const int64_t j = share.row(i0 + r);
+          T* row = out + r * out_row;
           for (int64_t b = b0; b < b1; ++b, row += slots) {
             int width = block_width<T>(a.H, b);
             V slot[Cell::slots];
 #pragma GCC unroll 8
             for (int v = 0; v < Cell::slots; ++v) slot[v] = V::load(row + v * L);
             if (width == L)
-              cell<p, true>(slot, row, s, j, b, width);
+              cell<p, true>(slot, row, at[r], b * L, width);
             else
-              cell<p, false>(slot, row, s, j, b, width);
+              cell<p, false>(slot, row, at[r], b * L, width);
           }
         }
       }
@@ -232,7 +253,7 @@ struct Forward {
   // The same for a single row, whose work is too little to pay for a way through memory: the slots of a few blocks stay in
   // registers from their bias to their cell.
   template <int p>
-  void one_row(int64_t s, int64_t c, bool with_input) const {
+  void one_row(const Place<T>& at, int64_t s, int64_t c, bool with_input) const {
     constexpr Span span = Cell::recurrent[p];
     constexpr int widest = tile_max_vectors / span.count;
     const bool up = (s + a.turn) % 2 == 0;  // as there_and_back
@@ -240,19 +261,20 @@ struct Forward {
       const int64_t whole = smallest(b1, a.H / L) - b0;  // blocks with all their lanes
       int64_t n = 1;
       if (up ? whole == 0 : b1 * L > a.H)
-        row_tile<p, 1, false>(s, c, up ? b0 : b1 - 1, with_input);
+        row_tile<p, 1, false>(at, s, c, up ? b0 : b1 - 1, with_input);
       else
-        n = row_tiles<p, widest>(s, c, up, b0, b1, smallest(whole, most_row_blocks<p>()), with_input);
+        n = row_tiles<p, widest>(at, s, c, up, b0, b1, smallest(whole, most_row_blocks<p>()), with_input);
       (up ? b0 : b1) += up ? n : -n;
     }
   }
 
   // The widest tile of at most `most` blocks at the lower or the upper end of [b0, b1); returns how many it took.
   template <int p, int NB>
-  FUSEDRNN_INLINE int64_t row_tiles(int64_t s, int64_t c, bool up, int64_t b0, int64_t b1, int64_t most, bool with_input) const {
+  FUSEDRNN_INLINE int64_t row_tiles(const Place<T>& at, int64_t s, int64_t c, bool up, int64_t b0, int64_t b1, int64_t most,
+                                    bool with_input) const {
     if constexpr (NB > 1)
-      if (most < NB) return row_tiles<p, NB / 2>(s, c, up, b0, b1, most, with_input);
-    row_tile<p, NB, true>(s, c, up ? b0 : b1 - NB, with_input);
+      if (most < NB) return row_tiles<p, NB / 2>(at, s, c, up, b0, b1, most, with_input);
+    row_tile<p, NB, true>(at, s, c, up ? b0 : b1 - NB, with_input);
     return NB;
   }
 
@@ -264,50 +286,51 @@ struct Forward {
     return vectors * sizeof(V) >= 256 && blocks * a.hh_block[p] * int64_t(sizeof(T)) > (128 << 10) ? 1 : tile_max_vectors;
   }
 
+  // The slots of NB blocks += the product of x and a panel that feeds `count` of them, the parts of a block side by side.
+  template <int NB, int count, int first>
+  static FUSEDRNN_INLINE void row_product(V (&slot)[1][NB * Cell::slots], const T* x, int64_t k, const T* b, int64_t b_block) {
+    constexpr int parts = tile_parts(count);
+    static_assert(parts == 1 || count == Cell::slots);
+    multiply<T, 1, count / parts, NB * parts, Cell::slots / parts, first>(slot, {x}, 0, 1, k, b, b_block / parts);
+  }
+
   template <int p, int NB, bool full>
-  void row_tile(int64_t s, int64_t c, int64_t b0, bool with_input) const {
+  void row_tile(const Place<T>& at, int64_t s, int64_t c, int64_t b0, bool with_input) const {
     constexpr Span span = Cell::recurrent[p];
-    const int64_t j = share.row(0);
     T* row = slots_at(s, c, 0) + (b0 - share.b0) * slots;
     const T* from = with_input ? a.bias + b0 * slots : row;
     V slot[1][NB * Cell::slots];
 #pragma GCC unroll 32
     for (int i = 0; i < NB * Cell::slots; ++i) slot[0][i] = V::load(from + i * L);
-    if (with_input)
-      multiply<T, 1, Cell::input.count, NB, Cell::slots, Cell::input.first>(slot, {a.x.at(s, j)}, 0, 1, a.I,
-                                                                            a.w_ih + b0 * a.ih_block, a.ih_block);
-    multiply<T, 1, span.count, NB, Cell::slots, span.first>(slot, {p == 0 ? h_prev(s, j) : operand(s, j)}, 0, 1, a.H,
-                                                            a.w_hh[p] + b0 * a.hh_block[p], a.hh_block[p]);
+    if (with_input) row_product<NB, Cell::input.count, Cell::input.first>(slot, at.x, a.I, a.w_ih + b0 * a.ih_block, a.ih_block);
+    row_product<NB, span.count, span.first>(slot, multiplied<p>(at), a.H, a.w_hh[p] + b0 * a.hh_block[p], a.hh_block[p]);
 #pragma GCC unroll 8
     for (int n = 0; n < NB; ++n)
-      cell<p, full>(slot[0] + n * Cell::slots, row + n * slots, s, j, b0 + n, full ? L : int(a.H - b0 * L));
+      cell<p, full>(slot[0] + n * Cell::slots, row + n * slots, at, (b0 + n) * L, full ? L : int(a.H - b0 * L));
   }
 
-  // The cell's phase p for one vector of hidden units of one row, whose slots a later phase finds in `row`.
+  // The cell's phase p for the vector of hidden units from u on of one row, whose slots a later phase finds in `row`.
   template <int p, bool full>
-  FUSEDRNN_INLINE void cell(V* slot, T* row, int64_t s, int64_t j, int64_t b, int width) const {
+  FUSEDRNN_INLINE void cell(V* slot, T* row, const Place<T>& at, int64_t u, int width) const {
     const Lanes<T, full> lanes{width};
-    const int64_t u = b * L;
     V state[Cell::states], save[Cell::saved + 1], op;
-    state[0] = lanes.load(h_prev(s, j) + u);
+    state[0] = lanes.load(at.h + u);
 #pragma GCC unroll 8
-    for (int i = 1; i < Cell::states; ++i) state[i] = lanes.load(a.final_state[i] + a.state_row[j] + u);
+    for (int i = 1; i < Cell::states; ++i) state[i] = lanes.load(at.state + u);
     Cell::template forward<p>(slot, state, save, &op);
     if constexpr (p + 1 < Cell::phases) {
 #pragma GCC unroll 8
       for (int i = 0; i < Cell::slots; ++i) slot[i].store(row + i * L);
-      lanes.store(operand(s, j) + u, op);
+      lanes.store(at.operand + u, op);
     } else {
-      lanes.store(a.y.at(s, j) + u, state[0]);
-      if (a.copy.base) lanes.store(a.copy.at(s, j) + u, state[0]);
-      if (s + 1 == end && a.carry) lanes.store(a.carry + a.state_row[j] + u, state[0]);
-      if (j >= a.schedule.active[s + 1]) lanes.store(a.final_state[0] + a.state_row[j] + u, state[0]);
+      lanes.store(at.y + u, state[0]);
+      if (at.copy) lanes.store(at.copy + u, state[0]);
+      if (at.last) lanes.store(at.last + u, state[0]);
 #pragma GCC unroll 8
-      for (int i = 1; i < Cell::states; ++i) lanes.store(a.final_state[i] + a.state_row[j] + u, state[i]);
-      if (a.training) {
-        T* to = saved(s, j, b);
+      for (int i = 1; i < Cell::states; ++i) lanes.store(at.state + u, state[i]);
+      if (at.saved) {
 #pragma GCC unroll 8
-        for (int i = 0; i < Cell::saved; ++i) lanes.store(to + i * lanes.stride(), save[i]);
+        for (int i = 0; i < Cell::saved; ++i) lanes.store(at.saved + u * Cell::saved + i * lanes.stride(), save[i]);
       }
     }
   }

@@ -142,10 +142,11 @@ std::vector<LayerSize> layer_sizes(const Spec& spec, int64_t T_, int64_t B) {
   return sizes;
 }
 
-// Distance between the blocks of a panel: a line more than they need, so that neighbours do not share cache sets.
+// Distance between the blocks of a panel: lines more than they need, so that neighbours, and the parts of one, do not share
+// cache sets.
 template <class T>
 int64_t block_stride(int64_t K, int64_t count) {
-  return (K * count + 1) * kernels<T>().lanes;
+  return (K * count + 2) * kernels<T>().lanes;
 }
 
 // With FUSEDRNN_TRACE=1, rank 0 prints each layer's plan, what the cost model expected, and what it took.
@@ -401,16 +402,20 @@ void run_forward(const StackForward<T>& call, Tape<T>* tape) {
   const Panels<T>& panels = call.panels ? *call.panels : *own_panels;
 
   // Workspace
-  int64_t pre_thread = 0;
+  int64_t pre_thread = 0, place_thread = 0;
   for (int64_t l = 0; l < spec.L; ++l) {
     const Plan& plan = crew.plan(l);
-    pre_thread = std::max(pre_thread, plan.chunk_steps * ceil_div(B, plan.row_threads) *
-                                          ceil_div(ceil_div(H, lanes), plan.unit_threads) * cell.slots * lanes);
+    const int64_t rows = ceil_div(B, plan.row_threads);
+    pre_thread = std::max(
+        pre_thread, plan.chunk_steps * rows * ceil_div(ceil_div(H, lanes), plan.unit_threads) * cell.slots * lanes);
+    place_thread = std::max(place_thread, rows);
   }
   Arena arena;
+  Place<T>* place;
   T *pre, *zeros, *between = nullptr, *carry = nullptr;
   std::vector<T*> operand(crew.lanes());
   arena.want(&pre, {crew.threads(), pre_thread});
+  arena.want(&place, {crew.threads(), place_thread});
   arena.want(&zeros, {H + lanes});
   if (crew.flows()) arena.want(&carry, {spec.L, B, H});
   if (spec.L > 1 && (!tape || drops)) arena.want(&between, {T_, B, width});
@@ -451,6 +456,7 @@ void run_forward(const StackForward<T>& call, Tape<T>* tape) {
       a.saved = tape ? tape->saved[i] : nullptr;
       a.operand = tape ? tape->operand[i] : operand[crew.lane(l, d)];
       a.pre = pre + crew.first_rank(l, d) * pre_thread, a.pre_thread = pre_thread;
+      a.place = place + crew.first_rank(l, d) * place_thread, a.place_thread = place_thread;
       a.carry = carry ? carry + i * B * H : nullptr;
       a.zeros = zeros;
     }

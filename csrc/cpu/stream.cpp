@@ -30,12 +30,14 @@ Stream<T>::Stream(const Spec& spec, std::shared_ptr<const Panels<T>> panels, int
       levels_(spec.L) {
   const CellInfo& cell = spec.info();
   const int64_t H = spec.H, lanes = kernels<T>().lanes;
+  Place<T>* place;
   T *pre, *zeros, *operand = nullptr;
   for (int64_t l = 0; l < spec.L; ++l)
     if (worth_several(layer_size<T>(spec, l, 1, B)))
       most_threads_ = std::max(most_threads_, plan_of(l, available_threads()).threads());
   const int64_t pre_thread = B * ceil_div(H, lanes) * cell.slots * lanes;
   arena_.want(&pre, {most_threads_, pre_thread});
+  arena_.want(&place, {most_threads_, B});
   arena_.want(&zeros, {H + lanes});
   if (cell.phases > 1) arena_.want(&operand, {B, H});
   for (Level& level : levels_) {
@@ -59,6 +61,7 @@ Stream<T>::Stream(const Spec& spec, std::shared_ptr<const Panels<T>> panels, int
     for (int q = 0; q < cell.phases; ++q) a.w_hh[q] = p.w_hh[q], a.hh_block[q] = p.hh_block[q];
     a.operand = operand;
     a.pre = pre, a.pre_thread = pre_thread;
+    a.place = place, a.place_thread = B;
     a.zeros = zeros;
   }
   all_ = std::make_unique<Barrier>();
