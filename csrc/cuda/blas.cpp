@@ -13,7 +13,7 @@
 namespace fusedrnn::cuda {
 namespace {
 
-// What we use of cuBLASLt's C interface, which is the same in versions 12 and 13.
+// What we use of cuBLASLt's C interface, which is the same in versions 12 and 13: the first that works is used.
 using Handle = struct LtHandle*;
 using Operation = struct LtMatmulDesc*;
 using Layout = struct LtMatrixLayout*;
@@ -38,6 +38,7 @@ constexpr size_t most_workspace = size_t(32) << 20;
 
 struct Library {
   Status (*create)(Handle*);
+  Status (*destroy)(Handle);
   size_t (*version)();
   Status (*operation_create)(Operation*, int compute, int scale);
   Status (*operation_set)(Operation, int what, const void*, size_t);
@@ -58,31 +59,21 @@ std::string& preferred_path() {
   return path;
 }
 
-Library load() {
-  std::vector<std::string> names{"libcublasLt.so.13", "libcublasLt.so.12"};
-  if (!preferred_path().empty()) names.insert(names.begin(), preferred_path());
-  void* handle = nullptr;
-  std::string reasons;
-  for (const std::string& name : names) {
-    handle = dlopen(name.c_str(), RTLD_NOW | RTLD_LOCAL);
-    if (handle) break;
+// The library of this name, if it works here: found, whole, and willing to serve the current device.
+Library open(const std::string& name) {
+  void* const found = dlopen(name.c_str(), RTLD_NOW | RTLD_LOCAL);  // never closed: CUDA may be using it
+  if (!found) {
     const char* why = dlerror();
-    reasons += std::string("\n  ") + (why ? why : name.c_str());
+    throw std::runtime_error(why ? why : name);
   }
-  if (!handle)
-    throw std::runtime_error(
-        "fusedrnn needs cuBLASLt for layers on a GPU and did not find it: pip install 'fusedrnn[cuda13]', "
-        "or install the CUDA toolkit's cuBLAS. Tried:" +
-        reasons);
   Library l;
-  const auto find = [&](auto& function, const char* name) {
-    void* p = dlsym(handle, name);
-    if (!p)
-      throw std::runtime_error(std::string("the cuBLASLt that was found lacks ") + name +
-                               "; version 12 or 13 is needed");
+  const auto find = [&](auto& function, const char* symbol) {
+    void* p = dlsym(found, symbol);
+    if (!p) throw std::runtime_error(name + ": lacks " + symbol + "; version 12 or 13 is needed");
     function = reinterpret_cast<std::decay_t<decltype(function)>>(p);
   };
   find(l.create, "cublasLtCreate");
+  find(l.destroy, "cublasLtDestroy");
   find(l.version, "cublasLtGetVersion");
   find(l.operation_create, "cublasLtMatmulDescCreate");
   find(l.operation_set, "cublasLtMatmulDescSetAttribute");
@@ -94,7 +85,26 @@ Library load() {
   find(l.preference_destroy, "cublasLtMatmulPreferenceDestroy");
   find(l.heuristic, "cublasLtMatmulAlgoGetHeuristic");
   find(l.matmul, "cublasLtMatmul");
+  Handle handle;  // a driver that is too old shows here
+  if (const Status status = l.create(&handle))
+    throw std::runtime_error(name + ": status " + std::to_string(status) + " from cublasLtCreate");
+  l.destroy(handle);
   return l;
+}
+
+Library load() {
+  std::vector<std::string> names{"libcublasLt.so.13", "libcublasLt.so.12"};
+  if (!preferred_path().empty()) names.insert(names.begin(), preferred_path());
+  std::string reasons;
+  for (const std::string& name : names) try {
+      return open(name);
+    } catch (const std::runtime_error& error) {
+      reasons += std::string("\n  ") + error.what();
+    }
+  throw std::runtime_error(
+      "fusedrnn needs cuBLASLt for layers on a GPU and found none that works: pip install 'fusedrnn[cuda13]', "
+      "or install the CUDA toolkit's cuBLAS. Tried:" +
+      reasons);
 }
 
 const Library& library() {

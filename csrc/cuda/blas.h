@@ -28,7 +28,7 @@ struct Product {
   bool tf32;  // float32 factors may be rounded to TF32
 };
 
-// Throws std::runtime_error, which says what to install, where there is no cuBLASLt.
+// Throws std::runtime_error, which says what was tried and what to install, where no cuBLASLt works.
 void multiply(const Product& product, int device, CUstream_st* stream);
 
 void set_blas_path(const std::string& path);  // where to look first; before the first product
