@@ -27,7 +27,7 @@ void row(const Machine& machine, int cell, int size, bool backward, int H, bool 
 int main() {
   Machine machine;
   machine.name = "H200 (by its data sheet)", machine.major = 9, machine.processors = 132;
-  machine.shared_per_block = 227 << 10, machine.max_cluster = 16;
+  machine.shared_per_block = 227 << 10, machine.max_cluster = 16, machine.cooperative = 132;
   for (int i = 0; i < 5; ++i) machine.clusters[i] = 132 >> i;
   for (int cell = 0; cell < 3; ++cell) {
     printf("\n| %s | H | B = 1 | B = 16 | B = 64 |\n|---|---|---|---|---|\n", cells[cell].name);

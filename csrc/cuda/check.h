@@ -24,6 +24,9 @@ class OutOfMemory : public Error {
 [[noreturn]] void fail(cudaError_t code, const char* call);
 void note_launch(const char* kernel);  // for the texts of later errors
 
+// Whether it says that the driver turns down a launch as such. Then nothing was done, and another way may be tried.
+bool is_refusal(cudaError_t code);
+
 inline void check(cudaError_t code, const char* call) {
   if (code != cudaSuccess) fail(code, call);
 }
@@ -38,14 +41,18 @@ struct Launch {
 };
 
 template <class... Params, class... Args>
-void launch(const char* name, const Launch& how, void (*kernel)(Params...), const Args&... args) {
+[[nodiscard]] cudaError_t try_launch(const char* name, const Launch& how, void (*kernel)(Params...),
+                                     const Args&... args) {
   if (how.shared > 48 << 10) {  // all that there is: another thread may launch the same kernel with less
     int device = 0, most = 0;
     check(cudaGetDevice(&device), name);
     check(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), name);
     check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most), name);
   }
-  if (how.cluster > 8) check(cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1), name);
+  if (how.cluster > 8) {
+    const cudaError_t code = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+    if (code != cudaSuccess) return code;
+  }
   cudaLaunchAttribute attributes[2];
   cudaLaunchConfig_t config{};
   config.gridDim = how.grid, config.blockDim = how.block, config.dynamicSmemBytes = how.shared;
@@ -61,7 +68,12 @@ void launch(const char* name, const Launch& how, void (*kernel)(Params...), cons
     ++config.numAttrs;
   }
   note_launch(name);
-  check(cudaLaunchKernelEx(&config, kernel, Params(args)...), name);
+  return cudaLaunchKernelEx(&config, kernel, Params(args)...);
+}
+
+template <class... Params, class... Args>
+void launch(const char* name, const Launch& how, void (*kernel)(Params...), const Args&... args) {
+  check(try_launch(name, how, kernel, args...), name);
 }
 
 }  // namespace fusedrnn::cuda

@@ -1,5 +1,6 @@
 // How many clusters of blocks that fill a multiprocessor each are resident at once: what the groups of multiprocessors
 // of a device, or the part of it that is ours, have room for. 0 where a cluster of that size can never be launched.
+// And whether such blocks are resident without clusters.
 #include "cuda/check.h"
 #include "cuda/machine.h"
 #include "cuda/persistent.h"
@@ -26,6 +27,17 @@ int resident_clusters(int blocks, int processors, int shared_bytes) {
     return 0;
   }
   return clusters;
+}
+
+int resident_blocks(int processors, int shared_bytes) {
+  FUSEDRNN_CUDA(cudaFuncSetAttribute(fills_a_processor, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes));
+  int each = 0;  // of a processor
+  if (cudaOccupancyMaxActiveBlocksPerMultiprocessor(&each, fills_a_processor, persistent_threads,
+                                                    size_t(shared_bytes)) != cudaSuccess) {
+    cudaGetLastError();
+    return 0;
+  }
+  return each > 0 ? processors : 0;
 }
 
 }  // namespace fusedrnn::cuda

@@ -36,18 +36,32 @@ Machine ask(int device) {
     m.clusters[i] = resident_clusters(1 << i, m.processors, int(m.shared_per_block));
     if (m.clusters[i] > 0) m.max_cluster = 1 << i;
   }
+  if (get(cudaDevAttrCooperativeLaunch)) m.cooperative = resident_blocks(m.processors, int(m.shared_per_block));
   FUSEDRNN_CUDA(cudaSetDevice(before));
   return m;
 }
 
-}  // namespace
+std::mutex mutex;
 
-const Machine& machine_of(int device) {
-  static std::mutex mutex;
+Machine& known(int device) {  // under the mutex
   static std::map<int, Machine> machines;
-  const std::lock_guard<std::mutex> lock(mutex);
   const auto found = machines.find(device);
   return found != machines.end() ? found->second : machines.emplace(device, ask(device)).first->second;
+}
+
+}  // namespace
+
+Machine machine_of(int device) {
+  const std::lock_guard<std::mutex> lock(mutex);
+  return known(device);
+}
+
+void set_refused(int device, int cluster) {
+  const std::lock_guard<std::mutex> lock(mutex);
+  Machine& machine = known(device);
+  if (cluster == 0) machine.cooperative = 0;
+  for (int i = 0; i < 5; ++i)
+    if (1 << i == cluster) machine.clusters[i] = 0;
 }
 
 }  // namespace fusedrnn::cuda

@@ -1,4 +1,5 @@
-// What a plan must know of a device: a pure value, so that plans for any card can be made on any machine.
+// What a plan must know of a device: a pure value, so that plans for any card can be made on any machine. What the
+// driver has said of launches is part of it, and what it refuses later is taken away: the next plan does without.
 #pragma once
 
 #include <stdint.h>
@@ -17,10 +18,16 @@ struct Machine {
   int64_t l2_bytes = 0;
   int max_cluster = 1;   // blocks
   int clusters[5] = {};  // of 1, 2, 4, 8 and 16 blocks, a processor each: how many are resident at once
+  int cooperative = 0;   // blocks of a cooperative launch, a processor each; 0: there is no such launch
 };
 
-int resident_clusters(int blocks, int processors, int shared_bytes);  // clusters.cu
+// Asked of the current device's driver: clusters.cu.
+int resident_clusters(int blocks, int processors, int shared_bytes);
+int resident_blocks(int processors, int shared_bytes);
 
-const Machine& machine_of(int device);  // asked once; throws Error where it is missing or too old
+Machine machine_of(int device);  // asked once; throws Error where it is missing or too old
+
+// From now on the device has no clusters of so many blocks, or for 0 no cooperative launches.
+void set_refused(int device, int cluster);
 
 }  // namespace fusedrnn::cuda

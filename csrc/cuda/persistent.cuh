@@ -714,41 +714,47 @@ __global__ void __launch_bounds__(persistent_threads, 1)
 // ---- host: a file of a few lines instantiates these for one T
 
 template <class T, class Cell, bool backward, class Args>
-void launch_persistent(const PersistentPlan& plan, const Args& args, void* workspace, cudaStream_t stream) {
+bool launch_persistent(const PersistentPlan& plan, const Args& args, void* workspace, cudaStream_t stream) {
   const bool grid = plan.exchange == Exchange::grid;
+  const char* const name = backward ? "persistent backward" : "persistent forward";
   Launch how;
   how.grid = dim3(unsigned(plan.blocks * plan.slices)), how.block = dim3(persistent_threads);
   how.shared = size_t(plan.shared_bytes), how.stream = stream;
   how.cluster = grid ? 1 : plan.blocks, how.cooperative = grid;
   if (grid) FUSEDRNN_CUDA(cudaMemsetAsync(workspace, 0, size_t(plan.workspace_bytes()), stream));
-  launch(
-      backward ? "persistent backward" : "persistent forward", how,
+  const cudaError_t code = try_launch(
+      name, how,
       grid ? persistent_kernel<T, Cell, backward, GridExchange> : persistent_kernel<T, Cell, backward, ClusterExchange>,
       plan, args, static_cast<unsigned char*>(workspace));
+  if (is_refusal(code)) return cudaGetLastError(), false;
+  check(code, name);
+  return true;
 }
 
 template <class T>
-void persistent_forward(int cell, const PersistentPlan& plan, const ForwardArgs<T>& args, void* workspace,
+bool persistent_forward(int cell, const PersistentPlan& plan, const ForwardArgs<T>& args, void* workspace,
                         cudaStream_t stream) {
   int number = 0;
 #define FUSEDRNN_LAUNCH(Cell) \
-  if (cell == number++) launch_persistent<T, Cell, false>(plan, args, workspace, stream);
+  if (cell == number++) return launch_persistent<T, Cell, false>(plan, args, workspace, stream);
   FUSEDRNN_FOR_EACH_CELL(FUSEDRNN_LAUNCH)
 #undef FUSEDRNN_LAUNCH
+  return false;
 }
 
 template <class T>
-void persistent_backward(int cell, const PersistentPlan& plan, const BackwardArgs<T>& args, void* workspace,
+bool persistent_backward(int cell, const PersistentPlan& plan, const BackwardArgs<T>& args, void* workspace,
                          cudaStream_t stream) {
   int number = 0;
 #define FUSEDRNN_LAUNCH(Cell) \
-  if (cell == number++) launch_persistent<T, Cell, true>(plan, args, workspace, stream);
+  if (cell == number++) return launch_persistent<T, Cell, true>(plan, args, workspace, stream);
   FUSEDRNN_FOR_EACH_CELL(FUSEDRNN_LAUNCH)
 #undef FUSEDRNN_LAUNCH
+  return false;
 }
 
 #define FUSEDRNN_PERSISTENT(T)                                                                                 \
-  template void persistent_forward<T>(int, const PersistentPlan&, const ForwardArgs<T>&, void*, cudaStream_t); \
-  template void persistent_backward<T>(int, const PersistentPlan&, const BackwardArgs<T>&, void*, cudaStream_t);
+  template bool persistent_forward<T>(int, const PersistentPlan&, const ForwardArgs<T>&, void*, cudaStream_t); \
+  template bool persistent_backward<T>(int, const PersistentPlan&, const BackwardArgs<T>&, void*, cudaStream_t);
 
 }  // namespace fusedrnn::cuda

@@ -74,12 +74,13 @@ PersistentPlan persistent_plan(const CellInfo& cell, int size, bool backward, in
 PersistentPlan persistent_plan(const CellInfo& cell, int size, bool backward, int H, int64_t batch, bool tf32,
                                const Machine& machine, int at_once, Exchange exchange, int blocks, int columns);
 
-// Throws Error where the launch fails. workspace: plan.workspace_bytes(), zeroed here, on the stream.
+// False where the driver refuses such a launch (see is_refusal); no array of args is touched then. Throws Error where
+// it fails otherwise. workspace: plan.workspace_bytes(), zeroed here, on the stream.
 template <class T>
-void persistent_forward(int cell, const PersistentPlan& plan, const ForwardArgs<T>& args, void* workspace,
-                        CUstream_st* stream);
+[[nodiscard]] bool persistent_forward(int cell, const PersistentPlan& plan, const ForwardArgs<T>& args, void* workspace,
+                                      CUstream_st* stream);
 template <class T>
-void persistent_backward(int cell, const PersistentPlan& plan, const BackwardArgs<T>& args, void* workspace,
-                         CUstream_st* stream);
+[[nodiscard]] bool persistent_backward(int cell, const PersistentPlan& plan, const BackwardArgs<T>& args,
+                                       void* workspace, CUstream_st* stream);
 
 }  // namespace fusedrnn::cuda

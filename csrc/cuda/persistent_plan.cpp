@@ -60,7 +60,7 @@ PersistentPlan persistent_plan(const CellInfo& cell, int size, bool backward, in
     // A cluster of another size than asked for would waste no less, and 3 or 5 blocks place badly.
     p.blocks = blocks;
     if (clusters_of(machine, blocks) == 0) return refuse("the device has no clusters of so many blocks");
-  } else if (int64_t(p.blocks) * p.slices * at_once > machine.processors) {
+  } else if (int64_t(p.blocks) * p.slices * at_once > machine.cooperative) {
     return refuse("the blocks of all slices are not resident at once");
   }
   if (p.units * columns > persistent_pairs * persistent_threads) return refuse("a thread would have too many units");
@@ -117,7 +117,10 @@ PersistentPlan persistent_plan(const CellInfo& cell, int size, bool backward, in
                                const Machine& machine, int at_once) {
   if (size == 8) return refuse("float64 runs step by step");
   if (batch <= 0) return refuse("the batch is empty");
-  PersistentPlan best = refuse("W_hh does not fit on chip");
+  bool any = machine.cooperative > 0;
+  for (int clusters : machine.clusters) any = any || clusters > 0;
+  PersistentPlan best =
+      refuse(any ? "W_hh does not fit on chip" : "the driver launches neither clusters nor resident grids");
   const auto consider = [&](Exchange exchange, int blocks, int columns) {
     const PersistentPlan p =
         persistent_plan(cell, size, backward, H, batch, tf32, machine, at_once, exchange, blocks, columns);

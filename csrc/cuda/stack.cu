@@ -221,27 +221,33 @@ struct Work {
   }
   template <class Args>
   void run_layer(const Args& args, bool backward, cudaStream_t on) const {
-    const LayerPlan plan = layer_plan(cell, dtype_of<T>, backward, H, B, N, options.tf32, spec.D, machine_of(device));
-    if (traces())
-      fprintf(stderr, "fusedrnn: %s %s on cuda:%d: T=%lld B=%lld H=%lld %s: %s\n", backward ? "backward" : "forward",
-              cell.name, device, (long long)T_, (long long)B, (long long)H, name_of(dtype_of<T>),
-              describe(plan).c_str());
-    if constexpr (!std::is_same_v<T, double>) {
-      if (plan.path == Path::persistent) {
-        Arena arena;
-        void* workspace = nullptr;
-        if (plan.persistent.workspace_bytes() > 0) {
-          arena.want_bytes(&workspace, plan.persistent.workspace_bytes());
-          arena.allocate(device, on);
-        }
-        if constexpr (std::is_same_v<Args, ForwardArgs<T>>)
-          persistent_forward<T>(spec.cell, plan.persistent, args, workspace, on);
-        else
-          persistent_backward<T>(spec.cell, plan.persistent, args, workspace, on);
-        return;
-      }
+    for (;;) {
+      const LayerPlan plan = layer_plan(cell, dtype_of<T>, backward, H, B, N, options.tf32, spec.D, machine_of(device));
+      if (traces())
+        fprintf(stderr, "fusedrnn: %s %s on cuda:%d: T=%lld B=%lld H=%lld %s: %s\n", backward ? "backward" : "forward",
+                cell.name, device, (long long)T_, (long long)B, (long long)H, name_of(dtype_of<T>),
+                describe(plan).c_str());
+      if (plan.path == Path::per_step) return run_steps<T>(spec.cell, args, device, on);
+      if (run_persistent(plan.persistent, args, on)) return;
+      set_refused(device, plan.persistent.exchange == Exchange::grid ? 0 : plan.persistent.blocks);
     }
-    run_steps<T>(spec.cell, args, device, on);
+  }
+  template <class Args>
+  bool run_persistent(const PersistentPlan& plan, const Args& args, cudaStream_t on) const {
+    if constexpr (std::is_same_v<T, double>) {
+      return false;
+    } else {
+      Arena arena;
+      void* workspace = nullptr;
+      if (plan.workspace_bytes() > 0) {
+        arena.want_bytes(&workspace, plan.workspace_bytes());
+        arena.allocate(device, on);
+      }
+      if constexpr (std::is_same_v<Args, ForwardArgs<T>>)
+        return persistent_forward<T>(spec.cell, plan, args, workspace, on);
+      else
+        return persistent_backward<T>(spec.cell, plan, args, workspace, on);
+    }
   }
   // Adds the checksums of x and of the weights to sums[0] and sums[1].
   void checksums(unsigned long long* sums, const Sequence& x, const std::vector<Weights>& weights) const {

@@ -372,8 +372,35 @@ void check_memory() {
   check(text.find("out of memory on device 0") != text.npos, "no memory: " + text);
   check(same_bits(want, session.forward(true)) && session.backward().size() > 0, "a call after one that had no memory");
 }
+
+// A driver that refuses a launch when it comes, though it had room when it was asked: another plan takes its place.
+void check_refusals() {
+  const Shape shape{0, 2, 2, 3, 200};
+  const auto plan = [&](bool backward) {
+    return cuda::layer_plan(cells[0], cuda::DType::float32, backward, shape.H, shape.B, shape.T * shape.B, false, 1,
+                            cuda::machine_of(0));
+  };
+  const auto runs = [&](cuda::Exchange exchange) {
+    return plan(false).path == cuda::Path::persistent && plan(true).path == cuda::Path::persistent &&
+           plan(false).persistent.exchange == exchange && plan(true).persistent.exchange == exchange;
+  };
+  cuda::set_path_override(-1);
+  check(runs(cuda::Exchange::cluster), "refusals: in clusters first");
+  emulated::refuse(true, false);
+  check_type(cuda::DType::float32, shape);
+  check(runs(cuda::Exchange::grid), "refusals: as a grid where clusters are refused");
+  emulated::refuse(true, true);
+  check_type(cuda::DType::float32, shape);
+  for (bool backward : {false, true})
+    check(plan(backward).path == cuda::Path::per_step,
+          "refusals: step by step where grids are refused, too: " + cuda::describe(plan(backward)));
+  check(cuda::resident_clusters(2, 132, 227 << 10) == 0 && cuda::resident_blocks(132, 227 << 10) == 0,
+        "refusals: no room where the driver says so when it is asked");
+  emulated::refuse(false, false);
+}
 #else
 void check_memory() {}
+void check_refusals() {}
 #endif
 
 int run() {
@@ -386,6 +413,7 @@ int run() {
   check_tape();
   check_capture();
   check_memory();
+  check_refusals();  // last: what was refused once is not tried again
   printf("%d passed, %d failed\n", int(passed), int(failed));
   return failed != 0;
 }

@@ -21,6 +21,7 @@ const cuda::Machine hopper = [] {
   cuda::Machine machine;
   machine.name = "emulated", machine.major = 9, machine.processors = 132, machine.shared_per_block = 227 << 10;
   machine.shared_per_processor = 228 << 10, machine.registers = 65536, machine.max_cluster = 16;
+  machine.cooperative = 132;
   for (int i = 0; i < 5; ++i) machine.clusters[i] = 132 >> i;
   return machine;
 }();
@@ -168,7 +169,7 @@ class Layer {
     cuda::ForwardArgs<T> a = forward_args(training);
     for (a.begin = 0; a.begin < steps_; a.begin = a.end) {
       a.end = a.begin < cut ? cut : steps_;
-      cuda::persistent_forward<T>(c_.shape.cell, how, a, workspace.data(), nullptr);
+      check(cuda::persistent_forward<T>(c_.shape.cell, how, a, workspace.data(), nullptr), c_.name() + ": is launched");
     }
     const Shape& s = p_.shape;
     Arrays<double> out{std::vector<double>(s.T * s.B * H_)};
@@ -222,7 +223,7 @@ class Layer {
     }
     gates_.assign(rows_ * info_.slots * H_, mark);
     a.gates = gates_.data();
-    cuda::persistent_backward<T>(c_.shape.cell, how, a, workspace.data(), nullptr);
+    check(cuda::persistent_backward<T>(c_.shape.cell, how, a, workspace.data(), nullptr), c_.name() + ": is launched");
     return gradients(dstate);
   }
 
@@ -391,6 +392,17 @@ void check_plans() {
             }
   check(found > 500, "plans are found");
   check(persistent_plan(cells[0], 8, false, 64, 1, false, hopper).reason != nullptr, "float64 has no plan");
+  cuda::Machine lacks = hopper;
+  lacks.cooperative = 0;
+  const auto plan = [&] { return persistent_plan(cells[0], 2, false, 512, 16, false, lacks); };
+  check(!plan().reason && plan().exchange == Exchange::cluster && plan().blocks == 16, "clusters do without grids");
+  lacks.clusters[4] = 0;
+  check(!plan().reason && plan().blocks == 8, "a cluster of 8 where 16 are refused");
+  for (int& clusters : lacks.clusters) clusters = 0;
+  check(plan().reason && std::string(plan().reason).find("neither clusters nor") != std::string::npos,
+        "no plan where neither is launched");
+  lacks.cooperative = 132;
+  check(!plan().reason && plan().exchange == Exchange::grid, "grids do without clusters");
 }
 
 }  // namespace

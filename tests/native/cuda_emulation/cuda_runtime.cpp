@@ -65,6 +65,11 @@ namespace emulated {
 
 void limit_memory(size_t bytes) { limit = bytes; }
 
+static bool no_clusters = false, no_cooperative = false;
+void refuse(bool clusters, bool cooperative) { no_clusters = clusters, no_cooperative = cooperative; }
+bool refuses_clusters() { return no_clusters; }
+bool refuses_cooperative() { return no_cooperative; }
+
 cudaError_t run_on_stream(const cudaLaunchConfig_t& config, std::function<void()> kernel) {
   Configuration c;
   c.grid = config.gridDim, c.block = config.blockDim, c.shared = config.dynamicSmemBytes;
@@ -79,6 +84,8 @@ cudaError_t run_on_stream(const cudaLaunchConfig_t& config, std::function<void()
   if (threads == 0 || threads > 1024 || blocks == 0 || c.shared > (227 << 10) || c.grid.y > 65535 || c.grid.z > 65535 ||
       c.cluster.x > 16 || c.cluster.x == 0 || c.grid.x % c.cluster.x != 0 || c.cluster.y != 1 || c.cluster.z != 1)
     return result(cudaErrorInvalidValue);
+  if (c.cluster.x > 1 && no_clusters) return result(cudaErrorInvalidClusterSize);
+  if (c.resident && no_cooperative) return result(cudaErrorCooperativeLaunchTooLarge);
   return on_stream(config.stream, [c, kernel] { launch("a kernel", c, kernel); });
 }
 

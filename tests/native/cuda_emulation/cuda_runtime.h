@@ -73,13 +73,18 @@ enum cudaError_t {
   cudaSuccess = 0,
   cudaErrorInvalidValue = 1,
   cudaErrorMemoryAllocation = 2,
+  cudaErrorInvalidConfiguration = 9,
   cudaErrorInsufficientDriver = 35,
   cudaErrorNoDevice = 100,
   cudaErrorInvalidDevice = 101,
   cudaErrorNotReady = 600,
+  cudaErrorLaunchOutOfResources = 701,
   cudaErrorLaunchFailure = 719,
+  cudaErrorCooperativeLaunchTooLarge = 720,
+  cudaErrorNotPermitted = 800,
   cudaErrorNotSupported = 801,
   cudaErrorStreamCaptureUnsupported = 900,
+  cudaErrorInvalidClusterSize = 912,
   cudaErrorUnknown = 999
 };
 const char* cudaGetErrorName(cudaError_t);
@@ -242,6 +247,10 @@ enum cudaFuncAttribute {
 };
 namespace emulated {
 void limit_memory(size_t bytes);  // of the device; 0: as FUSEDRNN_EMULATED_MEMORY says, or 8 GiB
+// What the driver says no to from now on, when it is asked for room as when it is to launch.
+void refuse(bool clusters, bool cooperative);
+bool refuses_clusters();
+bool refuses_cooperative();
 cudaError_t run_on_stream(const cudaLaunchConfig_t&, std::function<void()> kernel);
 }  // namespace emulated
 struct cudaFuncAttributes {
@@ -257,11 +266,11 @@ cudaError_t cudaFuncSetAttribute(F, cudaFuncAttribute, int) {
 }
 template <class F>
 cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, F, int, size_t) {
-  return *blocks = 1, cudaSuccess;
+  return *blocks = !emulated::refuses_cooperative(), cudaSuccess;
 }
 template <class F>
 cudaError_t cudaOccupancyMaxActiveClusters(int* clusters, F, const cudaLaunchConfig_t*) {
-  return *clusters = 8, cudaSuccess;
+  return *clusters = emulated::refuses_clusters() ? 0 : 8, cudaSuccess;
 }
 template <class... Params, class... Args>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Params...), Args&&... args) {
