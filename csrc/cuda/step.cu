@@ -154,9 +154,10 @@ Players<Args>& players() {
   return *all;
 }
 
+// Sequences along x: of their tiles there may be more than the 65535 blocks that y takes.
 template <class T>
 dim3 grid_of(const StepKernels<T>& k, const ForwardArgs<T>& a) {
-  return dim3(unsigned(ceil_div(a.H, k.units)), unsigned(ceil_div(a.schedule.batch, k.tile_rows)));
+  return dim3(unsigned(ceil_div(a.schedule.batch, k.tile_rows)), unsigned(ceil_div(a.H, k.units)));
 }
 
 }  // namespace

@@ -45,7 +45,7 @@ __global__ void __launch_bounds__(product_threads, 1) forward_step(const Call<Fo
   constexpr Span span = Cell::recurrent[p];
   const ForwardArgs<T> a = call->args;
   const int s = call->step + k, H = a.H;
-  const int first = int(blockIdx.y) * 16 * product_tiles<T>, u0 = int(blockIdx.x) * product_units;
+  const int first = int(blockIdx.x) * 16 * product_tiles<T>, u0 = int(blockIdx.y) * product_units;
   const int rows = a.schedule.active[s] - first;
   if (rows <= 0) return;
   const auto operand_row = [&](int row) -> const T* {
@@ -113,7 +113,7 @@ __global__ void __launch_bounds__(product_threads, 1) backward_step(const Call<B
   const BackwardArgs<T> a = call->args;
   const ForwardArgs<T>& f = a.forward;
   const int s = call->step - k, H = f.H;
-  const int first = int(blockIdx.y) * 16 * product_tiles<T>, u0 = int(blockIdx.x) * product_units;
+  const int first = int(blockIdx.x) * 16 * product_tiles<T>, u0 = int(blockIdx.y) * product_units;
   if (s < 0 && q > 0) return;
   const int from = q == 0 ? s + 1 : s;  // the step whose slots' gradients it reads: none beyond the last
   const int fed = f.schedule.active[from] - first, rows = f.schedule.active[s < 0 ? 0 : s] - first;

@@ -291,6 +291,16 @@ void check_long() {
   check_type(cuda::DType::float32, {4, 150, 8, 3, 2, 1, 1, true, true, true});
 }
 
+// More tiles of sequences than the y axis of a grid has blocks.
+void check_huge_batch() {
+  cuda::set_path_override(int(cuda::Path::per_step));
+  Problem<double> p = rounded<float>({3, 1, 65535 * 32 + 1, 1, 1});
+  Session<float> session(p, false);
+  const Arrays<double> want = reference_forward(p, false), got = session.forward(false);
+  for (size_t i = 0; i < want.size(); ++i)
+    close(got[i], want[i], 0x1p-23, 4, false, p.shape.name() + ": forward output " + std::to_string(i));
+}
+
 // The input projected in pieces.
 void check_chunks() {
   for (int64_t steps : {1, 3}) {
@@ -410,6 +420,8 @@ int run() {
     check_long();
     check_chunks();
   }
+  check_huge_batch();
+  cuda::set_path_override(-1);
   check_tape();
   check_capture();
   check_memory();
