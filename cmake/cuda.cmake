@@ -39,6 +39,7 @@ set(cuda_sources
   csrc/cuda/step_f16.cu
   csrc/cuda/step_f32.cu
   csrc/cuda/step_f64.cu
+  csrc/cuda/step_tf32.cu
   csrc/cuda/strided.cu)
 
 add_library(fusedrnn_cuda STATIC ${cuda_sources})

@@ -21,7 +21,7 @@ from bound import (
     run,
     there,
 )  # fmt: skip
-from devices import EMULATED, PROBLEM, eps, exact, host, needs_gpu, numpy_dtype, on_device
+from devices import EMULATED, PROBLEM, eps, exact, host, needs_gpu, numpy_dtype, on_device, path
 
 import fusedrnn as fr
 from fusedrnn import _device, _dtypes
@@ -478,14 +478,17 @@ def test_results_repeat_bit_for_bit(cell, dtype):
 
 @needs_gpu
 @every_cell
-def test_tf32_rounds_where_it_is_asked_for_and_backward_as_its_forward(cell):
+@pytest.mark.parametrize("number", [-1, 0])
+def test_tf32_rounds_where_it_is_asked_for_and_backward_as_its_forward(cell, number):
     call = draw(gpu_case(cell, L=2, D=2))
-    plain = run(call)
-    with fr.tf32():
-        rounded = run(call)
-        given = there(call)
-        y, final, tape = call.layer.forward(given.x, given.state)
-    grads = call.layer.backward(tape, given.dy, given.dstate)  # outside of the block
+    with path(number):
+        plain = run(call)
+        with fr.tf32():
+            rounded = run(call)
+            given = there(call)
+            y, final, tape = call.layer.forward(given.x, given.state)
+        grads = call.layer.backward(tape, given.dy, given.dstate)  # outside of the block
+        assert_same_bits(run(call), plain)
     assert_same_bits(at_host(named(y, final, grads.x, grads.state, dict(grads.params))), rounded)
     for name, want in plain.items():
         error = np.linalg.norm(rounded[name] - want)

@@ -26,6 +26,8 @@ struct AccumulateOf<double> {
 template <class T>
 using Accumulate = typename AccumulateOf<T>::type;
 
+struct Tf32 {};  // in place of T: float32 data whose products round their factors to TF32
+
 struct Schedule {
   int steps, batch;
   bool backward_in_time;  // step s is then time length[j] - 1 - s of sequence j

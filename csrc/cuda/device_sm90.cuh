@@ -14,8 +14,6 @@ struct alignas(16) Words {  // what one thread loads at once
 
 __device__ __forceinline__ Words no_words() { return {{0, 0, 0, 0}}; }
 
-struct Tf32 {};  // names float32 data whose products round their factors to TF32
-
 }  // namespace fusedrnn::cuda
 
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900

@@ -100,7 +100,7 @@ struct Player {
 template <class Args>
 class Players {
  public:
-  using Key = std::tuple<int, int, unsigned, unsigned>;  // device, cell, grid
+  using Key = std::tuple<int, const void*, unsigned, unsigned>;  // device, StepKernels, grid
   template <class Make>
   void play(const Key& key, cudaStream_t stream, Make make, const Args& args, int step, int count) {
     Player<Args>* player = take(key, stream, make);
@@ -154,6 +154,13 @@ Players<Args>& players() {
   return *all;
 }
 
+template <class T>
+const StepKernels<T>& kernels_of(int cell, bool tf32) {
+  if constexpr (std::is_same_v<T, float>)
+    if (tf32) return steps_of<T, Tf32>(cell);
+  return steps_of<T, T>(cell);
+}
+
 // Sequences along x: of their tiles there may be more than the 65535 blocks that y takes.
 template <class T>
 dim3 grid_of(const StepKernels<T>& k, const ForwardArgs<T>& a) {
@@ -163,8 +170,8 @@ dim3 grid_of(const StepKernels<T>& k, const ForwardArgs<T>& a) {
 }  // namespace
 
 template <class T>
-void run_steps(int cell, const ForwardArgs<T>& args, int device, cudaStream_t stream) {
-  const StepKernels<T>& k = steps_of<T>(cell);
+void run_steps(int cell, const ForwardArgs<T>& args, bool tf32, int device, cudaStream_t stream) {
+  const StepKernels<T>& k = kernels_of<T>(cell, tf32);
   const dim3 grid = grid_of(k, args);
   const auto make = [&] {
     Player<ForwardArgs<T>> p;
@@ -172,12 +179,12 @@ void run_steps(int cell, const ForwardArgs<T>& args, int device, cudaStream_t st
     for (int i = 0; i < p.phases; ++i) p.kernel[i] = k.forward[i], p.shared[i] = k.forward_shared[i];
     return p;
   };
-  players<ForwardArgs<T>>().play({device, cell, grid.x, grid.y}, stream, make, args, args.begin, args.end - args.begin);
+  players<ForwardArgs<T>>().play({device, &k, grid.x, grid.y}, stream, make, args, args.begin, args.end - args.begin);
 }
 
 template <class T>
-void run_steps(int cell, const BackwardArgs<T>& args, int device, cudaStream_t stream) {
-  const StepKernels<T>& k = steps_of<T>(cell);
+void run_steps(int cell, const BackwardArgs<T>& args, bool tf32, int device, cudaStream_t stream) {
+  const StepKernels<T>& k = kernels_of<T>(cell, tf32);
   const dim3 grid = grid_of(k, args.forward);
   const auto make = [&] {
     Player<BackwardArgs<T>> p;
@@ -186,12 +193,12 @@ void run_steps(int cell, const BackwardArgs<T>& args, int device, cudaStream_t s
     return p;
   };
   const int steps = args.forward.schedule.steps;
-  players<BackwardArgs<T>>().play({device, cell, grid.x, grid.y}, stream, make, args, steps - 1, steps + 1);
+  players<BackwardArgs<T>>().play({device, &k, grid.x, grid.y}, stream, make, args, steps - 1, steps + 1);
 }
 
-#define FUSEDRNN_INSTANTIATE(T)                                           \
-  template void run_steps(int, const ForwardArgs<T>&, int, cudaStream_t); \
-  template void run_steps(int, const BackwardArgs<T>&, int, cudaStream_t);
+#define FUSEDRNN_INSTANTIATE(T)                                                 \
+  template void run_steps(int, const ForwardArgs<T>&, bool, int, cudaStream_t); \
+  template void run_steps(int, const BackwardArgs<T>&, bool, int, cudaStream_t);
 FUSEDRNN_INSTANTIATE(float)
 FUSEDRNN_INSTANTIATE(double)
 FUSEDRNN_INSTANTIATE(__half)

@@ -39,13 +39,13 @@ __device__ __forceinline__ V value_at(const T* p, int64_t i) {
   return p ? V(widen(p[i])) : V(0);
 }
 
-template <class T, class Cell, int p>
+template <class T, class Number, class Cell, int p>
 __global__ void __launch_bounds__(product_threads, 1) forward_step(const Call<ForwardArgs<T>>* call, int k) {
   using V = Scalar<Accumulate<T>>;
   constexpr Span span = Cell::recurrent[p];
   const ForwardArgs<T> a = call->args;
   const int s = call->step + k, H = a.H;
-  const int first = int(blockIdx.x) * 16 * product_tiles<T>, u0 = int(blockIdx.y) * product_units;
+  const int first = int(blockIdx.x) * 16 * product_tiles<Number>, u0 = int(blockIdx.y) * product_units;
   const int rows = a.schedule.active[s] - first;
   if (rows <= 0) return;
   const auto operand_row = [&](int row) -> const T* {
@@ -57,55 +57,52 @@ __global__ void __launch_bounds__(product_threads, 1) forward_step(const Call<Fo
     const int u = u0 + unit;
     return u < H ? a.w_hh + (int64_t(gates.of[span.first + i]) * H + u) * H : nullptr;
   };
-  const int most = 16 * product_tiles<T>;
-  product<T, span.count>(operand_row, weight_row, H, rows < most ? rows : most,
-                         [&](int row, int unit, const auto& sum) {
-                           const int j = first + row, u = u0 + unit;
-                           if (u >= H) return;
-                           const int64_t at = a.schedule.row(s, j);
-                           [[maybe_unused]] const int64_t state_at = int64_t(a.schedule.from[j]) * H + u;
-                           [[maybe_unused]] const bool last = j >= a.schedule.active[s + 1];
-                           V slot[Cell::slots], state[Cell::states], save[Cell::saved + 1], op;
+  const int most = 16 * product_tiles<Number>;
+  product<T, Number, span.count>(
+      operand_row, weight_row, H, rows < most ? rows : most, [&](int row, int unit, const auto& sum) {
+        const int j = first + row, u = u0 + unit;
+        if (u >= H) return;
+        const int64_t at = a.schedule.row(s, j);
+        [[maybe_unused]] const int64_t state_at = int64_t(a.schedule.from[j]) * H + u;
+        [[maybe_unused]] const bool last = j >= a.schedule.active[s + 1];
+        V slot[Cell::slots], state[Cell::states], save[Cell::saved + 1], op;
 #pragma unroll
-                           for (int i = 0; i < Cell::slots; ++i) {
-                             Accumulate<T> v;
-                             if constexpr (p > 0) {
-                               v = a.slots[(int64_t(j) * Cell::slots + i) * H + u];
-                             } else {
-                               v = a.bias[i * H + u];
-                               if (within(Cell::input, i))
-                                 v += a.input[(at * Cell::input.count + i - Cell::input.first) * H + u];
-                             }
-                             if (within(span, i)) v += sum[i - span.first];
-                             slot[i] = V(v);
-                           }
-                           state[0] = value_at<V>(h_before(a, s, j), u);
-                           if constexpr (Cell::states > 1)
-                             state[1] = s == 0 ? value_at<V>(a.state[1], state_at) : V(a.carry[int64_t(j) * H + u]);
-                           Cell::template forward<p>(slot, state, save, &op);
-                           if constexpr (p + 1 < Cell::phases) {
+        for (int i = 0; i < Cell::slots; ++i) {
+          Accumulate<T> v;
+          if constexpr (p > 0) {
+            v = a.slots[(int64_t(j) * Cell::slots + i) * H + u];
+          } else {
+            v = a.bias[i * H + u];
+            if (within(Cell::input, i)) v += a.input[(at * Cell::input.count + i - Cell::input.first) * H + u];
+          }
+          if (within(span, i)) v += sum[i - span.first];
+          slot[i] = V(v);
+        }
+        state[0] = value_at<V>(h_before(a, s, j), u);
+        if constexpr (Cell::states > 1)
+          state[1] = s == 0 ? value_at<V>(a.state[1], state_at) : V(a.carry[int64_t(j) * H + u]);
+        Cell::template forward<p>(slot, state, save, &op);
+        if constexpr (p + 1 < Cell::phases) {
 #pragma unroll
-                             for (int i = 0; i < Cell::slots; ++i)
-                               a.slots[(int64_t(j) * Cell::slots + i) * H + u] = slot[i].r;
-                             operand_of(a, s, j)[u] = narrow<T>(op.r);
-                           } else {
-                             const T h = narrow<T>(state[0].r);
-                             a.y[at * a.y_row + u] = h;
-                             if (last) a.final_state[0][state_at] = h;
-                             if constexpr (Cell::states > 1) {
-                               a.carry[int64_t(j) * H + u] = state[1].r;
-                               if (last) a.final_state[1][state_at] = narrow<T>(state[1].r);
-                             }
-                             if (a.saved)
+          for (int i = 0; i < Cell::slots; ++i) a.slots[(int64_t(j) * Cell::slots + i) * H + u] = slot[i].r;
+          operand_of(a, s, j)[u] = narrow<T>(op.r);
+        } else {
+          const T h = narrow<T>(state[0].r);
+          a.y[at * a.y_row + u] = h;
+          if (last) a.final_state[0][state_at] = h;
+          if constexpr (Cell::states > 1) {
+            a.carry[int64_t(j) * H + u] = state[1].r;
+            if (last) a.final_state[1][state_at] = narrow<T>(state[1].r);
+          }
+          if (a.saved)
 #pragma unroll
-                               for (int i = 0; i < Cell::saved; ++i)
-                                 a.saved[(at * Cell::saved + i) * H + u] = narrow<T>(save[i].r);
-                           }
-                         });
+            for (int i = 0; i < Cell::saved; ++i) a.saved[(at * Cell::saved + i) * H + u] = narrow<T>(save[i].r);
+        }
+      });
 }
 
 // Phase q of backward at step s; s = -1 leaves what the initial states get.
-template <class T, class Cell, int q>
+template <class T, class Number, class Cell, int q>
 __global__ void __launch_bounds__(product_threads, 1) backward_step(const Call<BackwardArgs<T>>* call, int k) {
   using V = Scalar<Accumulate<T>>;
   constexpr int p = q == 0 ? 0 : Cell::phases - q;  // the forward phase whose operand's gradient the product is
@@ -113,7 +110,7 @@ __global__ void __launch_bounds__(product_threads, 1) backward_step(const Call<B
   const BackwardArgs<T> a = call->args;
   const ForwardArgs<T>& f = a.forward;
   const int s = call->step - k, H = f.H;
-  const int first = int(blockIdx.x) * 16 * product_tiles<T>, u0 = int(blockIdx.y) * product_units;
+  const int first = int(blockIdx.x) * 16 * product_tiles<Number>, u0 = int(blockIdx.y) * product_units;
   if (s < 0 && q > 0) return;
   const int from = q == 0 ? s + 1 : s;  // the step whose slots' gradients it reads: none beyond the last
   const int fed = f.schedule.active[from] - first, rows = f.schedule.active[s < 0 ? 0 : s] - first;
@@ -125,8 +122,8 @@ __global__ void __launch_bounds__(product_threads, 1) backward_step(const Call<B
   const auto weight_row = [&](int, int unit) -> const T* {
     return u0 + unit < H ? a.w_hh_t[p] + int64_t(u0 + unit) * span.count * H : nullptr;
   };
-  const int most = 16 * product_tiles<T>;
-  product<T, 1>(
+  const int most = 16 * product_tiles<Number>;
+  product<T, Number, 1>(
       gate_row, weight_row, span.count * H, rows < most ? rows : most, [&](int row, int unit, const auto& sum) {
         const int j = first + row, u = u0 + unit;
         if (u >= H) return;
@@ -163,25 +160,26 @@ __global__ void __launch_bounds__(product_threads, 1) backward_step(const Call<B
       });
 }
 
-template <class T, class Cell>
+template <class T, class Number, class Cell>
 StepKernels<T> step_kernels() {
   StepKernels<T> k{};
-  k.tile_rows = 16 * product_tiles<T>, k.units = product_units, k.threads = product_threads;
-  k.forward[0] = forward_step<T, Cell, 0>, k.backward[0] = backward_step<T, Cell, 0>;
+  k.tile_rows = 16 * product_tiles<Number>, k.units = product_units, k.threads = product_threads;
+  k.forward[0] = forward_step<T, Number, Cell, 0>, k.backward[0] = backward_step<T, Number, Cell, 0>;
   k.forward_shared[0] = product_shared<T, Cell::recurrent[0].count>;
   if constexpr (Cell::phases > 1) {
-    k.forward[1] = forward_step<T, Cell, 1>, k.backward[1] = backward_step<T, Cell, 1>;
+    k.forward[1] = forward_step<T, Number, Cell, 1>, k.backward[1] = backward_step<T, Number, Cell, 1>;
     k.forward_shared[1] = product_shared<T, Cell::recurrent[1].count>;
   }
   k.backward_shared = product_shared<T, 1>;
   return k;
 }
 
-#define FUSEDRNN_STEP_KERNELS(Cell) step_kernels<FUSEDRNN_TYPE, Cell>(),
-#define FUSEDRNN_INSTANTIATE_STEPS(T)                                                      \
+#define FUSEDRNN_STEP_KERNELS(Cell) step_kernels<FUSEDRNN_TYPE, FUSEDRNN_NUMBER, Cell>(),
+#define FUSEDRNN_INSTANTIATE_STEPS(T, Number)                                              \
   template <>                                                                              \
-  const StepKernels<T>& steps_of<T>(int cell) {                                            \
+  const StepKernels<T>& steps_of<T, Number>(int cell) {                                    \
     using FUSEDRNN_TYPE = T;                                                               \
+    using FUSEDRNN_NUMBER = Number;                                                        \
     static const StepKernels<T> table[] = {FUSEDRNN_FOR_EACH_CELL(FUSEDRNN_STEP_KERNELS)}; \
     return table[cell];                                                                    \
   }

@@ -26,13 +26,14 @@ struct StepKernels {
   int tile_rows, units, threads;  // of a block
 };
 
-template <class T>
+// Whose products are of factors of type Number: T, or Tf32 for float32.
+template <class T, class Number>
 const StepKernels<T>& steps_of(int cell);
 
-// One layer in one direction. Returns when all is in the stream.
+// One layer in one direction. Returns when all is in the stream. tf32: float32 factors may be rounded to TF32.
 template <class T>
-void run_steps(int cell, const ForwardArgs<T>& args, int device, cudaStream_t stream);
+void run_steps(int cell, const ForwardArgs<T>& args, bool tf32, int device, cudaStream_t stream);
 template <class T>
-void run_steps(int cell, const BackwardArgs<T>& args, int device, cudaStream_t stream);
+void run_steps(int cell, const BackwardArgs<T>& args, bool tf32, int device, cudaStream_t stream);
 
 }  // namespace fusedrnn::cuda

@@ -1,5 +1,5 @@
 #include "cuda/step.cuh"
 
 namespace fusedrnn::cuda {
-FUSEDRNN_INSTANTIATE_STEPS(float)
+FUSEDRNN_INSTANTIATE_STEPS(float, float)
 }

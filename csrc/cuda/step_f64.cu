@@ -1,5 +1,5 @@
 #include "cuda/step.cuh"
 
 namespace fusedrnn::cuda {
-FUSEDRNN_INSTANTIATE_STEPS(double)
+FUSEDRNN_INSTANTIATE_STEPS(double, double)
 }

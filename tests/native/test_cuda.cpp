@@ -123,10 +123,16 @@ struct Session {
   std::vector<OnCard<T>> dfinal;
   std::shared_ptr<cuda::Tape> tape;
   cuda::Stream stream = nullptr;
+  const bool tf32;
   bool intact = true;
 
-  Session(Problem<double>& p, bool apart)
-      : p(p), s(p.shape), apart(apart), x(&p.x, s.T, s.B, s.I, apart), dy(&p.dy, s.T, s.B, p.width(), apart) {
+  Session(Problem<double>& p, bool apart, bool tf32 = false)
+      : p(p),
+        s(p.shape),
+        apart(apart),
+        x(&p.x, s.T, s.B, s.I, apart),
+        dy(&p.dy, s.T, s.B, p.width(), apart),
+        tf32(tf32) {
     for (auto& [name, array] : p.inputs())
       if (name != "x") arrays.emplace_back(name, OnCard<T>(*array));
     for (int i = 0; i < p.states(); ++i) dfinal.emplace_back(p.dstate[i]);
@@ -154,6 +160,7 @@ struct Session {
       call.state[i] = s.state ? arrays[i].second.data() : nullptr;
     }
     call.lengths = s.lengths ? data_of(p.lengths) : nullptr;
+    call.options.tf32 = tf32;
     call.dropout = s.dropout, call.seed = p.seed;
     auto made = cuda::run_forward(call, training);
     check(training == bool(made), s.name() + ": only training leaves a tape");
@@ -168,6 +175,7 @@ struct Session {
     call.spec = s.spec(), call.dtype = cuda::dtype_of<T>, call.stream = stream;
     call.weights = weights();
     call.tape = tape.get();
+    call.options.tf32 = tf32;
     call.x = x.sequence(), call.dy = dy.sequence();
     Placed<T> dx(into ? &(*into)[0] : nullptr, s.T, s.B, s.I, apart);
     call.dx = dx.sequence();
@@ -216,11 +224,11 @@ Arrays<double> expected_gradients(Problem<double>& p) {
 }
 
 template <class T>
-void check_shape(const Shape& shape, bool apart) {
+void check_shape(const Shape& shape, bool apart, bool tf32 = false) {
   Problem<double> p = rounded<T>(shape);
-  const std::string name = title(shape, cuda::dtype_of<T>, apart);
-  const double eps = eps_of(cuda::dtype_of<T>), terms = terms_of(shape);
-  Session<T> session(p, apart);
+  const std::string name = title(shape, cuda::dtype_of<T>, apart) + (tf32 ? " tf32" : "");
+  const double eps = tf32 ? 0x1p-10 : eps_of(cuda::dtype_of<T>), terms = terms_of(shape);
+  Session<T> session(p, apart, tf32);
   const Arrays<double> want = reference_forward(p, false), got = session.forward(false);
   for (size_t i = 0; i < want.size(); ++i)
     close(got[i], want[i], eps, terms, false, name + ": forward output " + std::to_string(i));
@@ -289,6 +297,19 @@ void check_long() {
   check_type(cuda::DType::float32, {0, 150, 8, 3, 4});
   check_type(cuda::DType::float32, {2, 35, 2, 3, 4, 1, 2});
   check_type(cuda::DType::float32, {4, 150, 8, 3, 2, 1, 1, true, true, true});
+}
+
+// TF32 in the recurrent products: H in one chunk of k, in several with a tail, and more than the warps take at a time;
+// rows of 16-byte loads and others; two row tiles of a block, and two blocks.
+void check_tf32() {
+  for (int cell = 0; cell < cell_count; ++cell)
+    for (const Shape& s : {Shape{cell, 3, 3, 2, 5}, Shape{cell, 3, 18, 2, 40, 1, 2, true, false, true},
+                           Shape{cell, 2, 67, 2, 7}, Shape{cell, 2, 2, 2, 140}}) {
+      check_shape<float>(s, false, true);
+      Problem<double> p = rounded<float>(s);
+      const Arrays<double> plain = Session<float>(p, false).forward(false);
+      check(!same_bits(Session<float>(p, false, true).forward(false), plain), s.name() + " tf32: factors are rounded");
+    }
 }
 
 // More tiles of sequences than the y axis of a grid has blocks.
@@ -419,6 +440,7 @@ int run() {
     for (int cell = 0; cell < cell_count; ++cell) check_cell(cell);
     check_long();
     check_chunks();
+    check_tf32();
   }
   check_huge_batch();
   cuda::set_path_override(-1);
