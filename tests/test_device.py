@@ -1,11 +1,14 @@
 """Layers and functions on a GPU: whose arrays go in and come out, where things may be, what is refused."""
 
 import copy
+import gc
 import os
 import pickle
 import subprocess
 import sys
 import threading
+import types
+import weakref
 
 import numpy as np
 import pytest
@@ -367,6 +370,45 @@ def test_memory_of_another_stream_is_taken_after_its_work_and_given_back_after_t
     monkeypatch.setattr(call.layer.flat_params._memory, "stream", other)
     call.layer(x)
     assert waits == [(0, other), (other, 0)]
+
+
+class _CupysStream:
+    """A stream as CuPy has it: gone with its object."""
+
+    ptr = 0
+
+
+class _Cupys(_Lender):
+    __module__ = "cupy.fake"
+
+
+@needs_gpu
+@pytest.mark.parametrize("kept", ["y", "state", "tape", "grads", "out", "stream"])
+def test_what_a_call_leaves_keeps_its_stream_alive(monkeypatch, kept):
+    current = [_CupysStream()]
+    gone = weakref.ref(current[0])
+    cupy = types.ModuleType("cupy")
+    cupy.cuda = types.SimpleNamespace(get_current_stream=lambda: current[0])
+    cupy.from_dlpack = lambda array: _device.module().from_dlpack(array.__dlpack__())
+    monkeypatch.setitem(sys.modules, "cupy", cupy)
+
+    call = draw(gpu_case(state="zeros", given="y"))
+    x, dy = _Cupys(on_device(call.x), {}), _Cupys(on_device(call.dy), {})
+    y, state, tape = call.layer.forward(x)
+    steps = call.layer.freeze().stream(B)
+    left = {
+        "y": y, "state": state, "tape": tape, "stream": steps, "out": steps.step(_Cupys(x.array[0], {})),
+        "grads": call.layer.backward(call.layer.forward(x)[-1], dy).x,
+    }[kept]  # fmt: skip
+    del y, state, tape, steps
+    current[0] = _CupysStream()
+    gc.collect()
+    assert gone() is not None
+    if kept == "tape":
+        call.layer.backward(left, dy)
+    del left
+    gc.collect()
+    assert gone() is None
 
 
 @needs_gpu

@@ -94,15 +94,21 @@ std::string description() {
 
 // ---- Memory
 
+// A stream's handle as Python gives it. Who frees memory there later holds the object itself, which keeps the stream
+// alive (_device.StreamHandle).
+using StreamObject = py::int_;
+
+uintptr_t handle_of(const StreamObject& stream) { return stream.cast<uintptr_t>(); }
+
 // Memory of an array, from the pool that calls take theirs from.
 class Buffer {
  public:
-  Buffer(int device, uintptr_t stream, size_t bytes) : device_(device) {
+  Buffer(int device, const StreamObject& stream, size_t bytes) : stream_(stream), device_(device) {
     expect_not_forked();
     if (bytes == 0) return;
     OnDevice on(device);  // the legacy stream is the current device's
     arena_.want_bytes(&data_, int64_t(bytes));
-    arena_.allocate(device, stream_of(stream));
+    arena_.allocate(device, stream_of(handle_of(stream)));
   }
   ~Buffer() {
     if (!data_ || !used_elsewhere_ || cuda::is_forked()) return;
@@ -118,6 +124,7 @@ class Buffer {
   void set_used_elsewhere() { used_elsewhere_ = true; }
 
  private:
+  StreamObject stream_;  // first, so that it goes last
   int device_;
   void* data_ = nullptr;
   std::atomic<bool> used_elsewhere_{false};
@@ -131,7 +138,7 @@ py::array shadow(const py::object& owner, uintptr_t pointer, const std::vector<p
   return a;
 }
 
-py::tuple empty(int device, uintptr_t stream, const std::vector<py::ssize_t>& shape, const py::dtype& dtype) {
+py::tuple empty(int device, const StreamObject& stream, const std::vector<py::ssize_t>& shape, const py::dtype& dtype) {
   size_t bytes = size_t(dtype.itemsize());
   for (py::ssize_t n : shape)
     if (__builtin_mul_overflow(bytes, size_t(n), &bytes) || bytes > size_t(PTRDIFF_MAX))
@@ -236,6 +243,7 @@ PySpec make_typed_spec(const std::string& cell, const std::string& dtype, int64_
 }
 
 struct PyTape {
+  StreamObject stream;  // first, so that it goes last
   std::shared_ptr<cuda::Tape> tape;
   cuda::Options options;
   int64_t T, B;
@@ -281,14 +289,15 @@ std::vector<cuda::Weights> weights(const PySpec& s, const py::object& tuple) {
   return out;
 }
 
-std::unique_ptr<PyTape> forward(const PySpec& s, int device, uintptr_t stream, bool tf32, const py::tuple& params, const py::array& x,
-                                const py::object& state, const py::object& lengths, const py::array& y,
-                                const py::tuple& state_out, bool training, double dropout, uint64_t seed) {
+std::unique_ptr<PyTape> forward(const PySpec& s, int device, const StreamObject& stream, bool tf32,
+                                const py::tuple& params, const py::array& x, const py::object& state,
+                                const py::object& lengths, const py::array& y, const py::tuple& state_out, bool training,
+                                double dropout, uint64_t seed) {
   require_capable(device);
   const Spec& spec = s.spec;
   cuda::StackForward call{};
   call.spec = spec, call.dtype = s.dtype, call.options.tf32 = tf32;
-  call.device = device, call.stream = stream_of(stream);
+  call.device = device, call.stream = stream_of(handle_of(stream));
   expect(x.ndim() == 3, "x must have three axes");
   call.T_ = x.shape(0), call.B = x.shape(1);
   call.weights = weights(s, params);
@@ -310,7 +319,7 @@ std::unique_ptr<PyTape> forward(const PySpec& s, int device, uintptr_t stream, b
     tape = cuda::run_forward(call, training);
   }
   if (!training) return nullptr;
-  return std::make_unique<PyTape>(PyTape{std::move(tape), call.options, call.T_, call.B});
+  return std::make_unique<PyTape>(PyTape{stream, std::move(tape), call.options, call.T_, call.B});
 }
 
 void backward(const PySpec& s, int device, uintptr_t stream, const py::tuple& params, const PyTape& tape, const py::array& x,

@@ -17,7 +17,7 @@ class Arena {
   Arena() = default;
   Arena(Arena&& other) noexcept { *this = static_cast<Arena&&>(other); }
   Arena& operator=(Arena&& other) noexcept;
-  ~Arena();  // frees in the stream; what was launched into it before may still use the memory
+  ~Arena();  // frees in the stream, which must be alive; what was launched into it before may still use the memory
 
   template <class T>
   void want(T** pointer, std::initializer_list<int64_t> sizes) {

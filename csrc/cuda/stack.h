@@ -28,7 +28,7 @@ struct Options {
   bool tf32 = false;          // products of float32 may round their factors to TF32
 };
 
-// What a training forward keeps for its backward passes. Freed on the stream it was made on.
+// What a training forward keeps for its backward passes. Freed on the stream it was made on, which must outlive it.
 class Tape;
 
 struct StackForward {

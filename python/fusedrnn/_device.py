@@ -116,6 +116,18 @@ def description() -> str:
 # --- Arrays -------------------------------------------------------------------------------------------------
 
 
+class StreamHandle(int):
+    """CUDA's handle of a stream, and what keeps the stream alive: memory is read and freed there long after
+    a call."""
+
+    keeps: Any
+
+    def __new__(cls, handle: int, keeps: Any) -> StreamHandle:
+        made = super().__new__(cls, handle)
+        made.keeps = keeps
+        return made
+
+
 class _Memory:
     """A piece of device memory that arrays share: who owns it, and the stream that last wrote it."""
 
@@ -467,9 +479,11 @@ def library(value: Any, index: int) -> Library:
     owner: Any = sys.modules.get(name)
     stream = 0
     if name == "torch" and not emulated():
-        stream = owner.cuda.current_stream(index).cuda_stream
+        current = owner.cuda.current_stream(index)
+        stream = StreamHandle(current.cuda_stream, current)
     elif name == "cupy":
-        stream = owner.cuda.get_current_stream().ptr
+        current = owner.cuda.get_current_stream()
+        stream = StreamHandle(current.ptr, current)
     if hasattr(value, "__array_namespace__"):
         owner = value.__array_namespace__()
     give = getattr(owner, "from_dlpack", None) if isinstance(owner, ModuleType) else None
