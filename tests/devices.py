@@ -71,9 +71,18 @@ def host(a: Any) -> Any:
     return a.numpy() if isinstance(a, fr.DeviceArray) else np.from_dlpack(a)
 
 
+def shares_memory(a: Any, b: Any) -> bool:
+    return np.shares_memory(*(getattr(array, "_shadow", array) for array in (a, b)))
+
+
 def exact(a: Any) -> Any:
     """Likewise, in float64."""
     return None if a is None else host(a).astype(np.float64)
+
+
+def put(device: str, a: Any) -> Any:
+    """A numpy array where it is, or its copy on the GPU."""
+    return on_device(a) if device == "cuda" else a
 
 
 def on_device(a: Any) -> Any:

@@ -5,7 +5,19 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-from bound import OFFERED, Case, as_tuple, assert_same_bits, draw, make_layer, run, run_function
+from bound import (
+    OFFERED,
+    Case,
+    as_tuple,
+    assert_same_bits,
+    at_host,
+    draw,
+    make_layer,
+    run,
+    run_function,
+    there,
+)
+from devices import every_device, every_place, host, numpy_dtype, put, sized
 from hypothesis import given, settings, strategies as st
 
 import fusedrnn as fr
@@ -67,24 +79,29 @@ def test_calls_steps_and_chunks(cell, dtype):
 
 
 @every_cell
-@every_dtype
+@every_place
 @every_lengths
 @pytest.mark.parametrize("L, D", [(1, 1), (1, 2), (2, 2), (3, 1)])
-def test_calls_out_and_batch_first(cell, dtype, ragged, L, D):
-    case = Case(cell, dtype, 11, 6, 7, 35, L, D, ragged=ragged)
-    call = draw(case)
+def test_calls_out_and_batch_first(cell, device, dtype, ragged, L, D):
+    T, B, I, H = sized(device, (11, 6, 7, 35), (4, 5, 3, 20))
+    case = Case(cell, dtype, T, B, I, H, L, D, ragged=ragged, device=device)
+    call = there(draw(case))
     layer, args = call.layer, (call.x, call.state, call.lengths)
-    want = outputs(*layer(*args))
+
+    def result(y, final):
+        return at_host(outputs(y, final))
+
+    want = result(*layer(*args))
     first = make_layer(case._replace(batch_first=True))
     for way in (layer, layer.freeze(), lambda *a, **k: layer.forward(*a, **k)[:2]):
-        assert_same_bits(outputs(*way(*args)), want)
-        frame = np.full((12, 7, D * 35 + 3), np.nan, dtype)
+        assert_same_bits(result(*way(*args)), want)
+        frame = put(device, np.full((T + 1, B + 1, D * H + 3), np.nan, numpy_dtype(dtype)))
         out = frame[1:, 1:, 2:-1]
-        assert_same_bits(outputs(*way(*args, out=out)), want)
-        assert_same_bits({"y": out}, {"y": want["y"]})
+        assert_same_bits(result(*way(*args, out=out)), want)
+        assert_same_bits({"y": host(out)}, {"y": want["y"]})
     for way in (first, first.freeze(), lambda *a, **k: first.forward(*a, **k)[:2]):
         y, final = way(call.x.swapaxes(0, 1), *args[1:])
-        assert_same_bits(outputs(y.swapaxes(0, 1), final), want)
+        assert_same_bits(result(y.swapaxes(0, 1), final), want)
 
 
 @every_cell
@@ -172,9 +189,12 @@ def test_repetition(cell):
 
 
 @every_cell
-def test_python_threads_share_a_frozen_layer_and_a_layer(cell):
+@every_device
+def test_python_threads_share_a_frozen_layer_and_a_layer(cell, device):
+    T, I, H = sized(device, (12, 24, 72), (3, 2, 5))
+    batches = sized(device, (1, 3, 5, 16, 20, 2), (1, 3, 5))
     calls = [
-        draw(Case(cell, "float32", 12, B, 24, 72, 2, 2, ragged=B > 3, seed=B)) for B in (1, 3, 5, 16, 20, 2)
+        draw(Case(cell, "float32", T, B, I, H, 2, 2, ragged=B > 3, seed=B, device=device)) for B in batches
     ]
     shared = calls[0].layer
     frozen = shared.freeze()
@@ -184,7 +204,7 @@ def test_python_threads_share_a_frozen_layer_and_a_layer(cell):
 
     def work(k):
         with fr.num_threads(1 + k % 3):
-            for n in range(10):
+            for n in range(sized(device, 10, 2)):
                 i = (k + n) % len(calls)
                 call = calls[i]
                 final = {name: want[i][name] for name in ("y", "h_n", "c_n") if name in want[i]}
@@ -192,8 +212,9 @@ def test_python_threads_share_a_frozen_layer_and_a_layer(cell):
                 assert_same_bits(run(call), want[i])
         return k
 
+    tasks = range(sized(device, 8, 4))
     with ThreadPoolExecutor(4) as executor:
-        assert list(executor.map(work, range(8))) == list(range(8))
+        assert list(executor.map(work, tasks)) == list(tasks)
 
 
 # --- Batches ------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ import threading
 import numpy as np
 import pytest
 from bound import as_tuple
+from devices import every_device, host, shares_memory, sized
 
 import fusedrnn as fr
 
@@ -23,19 +24,19 @@ def copied(request):
     return COPIES[request.param]
 
 
-def test_layers(cell, dtype, copied, make_layer, normal):
-    layer = make_layer(cell, I, H, 2, True, True, 0.5, True, dtype=dtype)
+def test_layers(cell, device, dtype, copied, make_layer, normal):
+    layer = make_layer(cell, I, H, 2, True, True, 0.5, True, dtype=dtype, device=device)
     other = copied(layer)
     x = normal(B, T, I, dtype=dtype)
     assert repr(other) == repr(layer) and type(other) is type(layer)
-    np.testing.assert_array_equal(other.flat_params, layer.flat_params)
-    assert not np.shares_memory(other.flat_params, layer.flat_params)
-    assert all(np.shares_memory(view, other.flat_params) for view in other.params.values())
+    np.testing.assert_array_equal(host(other.flat_params), host(layer.flat_params))
+    assert not shares_memory(other.flat_params, layer.flat_params)
+    assert all(shares_memory(view, other.flat_params) for view in other.params.values())
     for got, want in zip(as_tuple(other(x)), as_tuple(layer(x)), strict=True):
         np.testing.assert_array_equal(as_tuple(got), as_tuple(want))
     np.testing.assert_array_equal(other.forward(x)[0], layer.forward(x)[0])  # the same generator of masks
-    other.params["bias_hh_l0"] = np.zeros_like(layer.params["bias_hh_l0"])
-    assert layer.params["bias_hh_l0"].any()
+    other.params["bias_hh_l0"] = np.zeros(layer.params["bias_hh_l0"].shape, dtype)
+    assert host(layer.params["bias_hh_l0"]).any()
 
 
 class Scaled(fr.GRU):
@@ -44,45 +45,51 @@ class Scaled(fr.GRU):
         self.scale = scale
 
 
-def test_subclasses_keep_what_they_add(copied):
-    other = copied(Scaled(3, I, H, reset_after=False))
+@every_device
+def test_subclasses_keep_what_they_add(copied, device):
+    other = copied(Scaled(3, I, H, reset_after=False, device=device))
+    assert other.device.startswith(device)
     assert type(other) is Scaled and other.scale == 3 and other.cell == "gru_reset_before"
 
 
-def test_layers_from_read_only_buffers_can_be_trained():
-    layer = fr.LSTM(I, H, seed=0)
+@every_device
+def test_layers_from_read_only_buffers_can_be_trained(device):
+    layer = fr.LSTM(I, H, seed=0, device=device)
     buffers = []
     data = pickle.dumps(layer, protocol=5, buffer_callback=buffers.append)
     other = pickle.loads(data, buffers=[bytes(b.raw()) for b in buffers])
-    other.flat_params[:] = 0
-    assert layer.flat_params.all()
+    other.flat_params[:] = np.zeros(other.flat_params.shape, np.float32)
+    assert host(layer.flat_params).all() and not host(other.flat_params).any()
 
 
-def test_a_layer_pickles_its_parameters_once():
-    layer = fr.LSTM(64, 64)
+@every_device
+def test_a_layer_pickles_its_parameters_once(device):
+    layer = fr.LSTM(64, 64, device=device)
     assert len(pickle.dumps(layer)) < layer.flat_params.nbytes + 2000
 
 
 # --- Frozen ---------------------------------------------------------------------------------------
 
 
-def test_frozen_layers_give_the_layers_bits_and_keep_their_own_weights(cell, dtype, make_layer, normal):
-    layer = make_layer(cell, I, H, 2, bidirectional=True, dtype=dtype)
+def test_frozen_layers_give_the_layers_bits_and_keep_their_own_weights(
+    cell, device, dtype, make_layer, normal
+):
+    layer = make_layer(cell, I, H, 2, bidirectional=True, dtype=dtype, device=device)
     frozen, x = layer.freeze(), normal(T, B, I, dtype=dtype)
     y, state = layer(x)
-    layer.flat_params[:] = 0
+    layer.flat_params[:] = np.zeros(layer.flat_params.shape, dtype)
     got, final = frozen(x)
     np.testing.assert_array_equal(got, y)
     np.testing.assert_array_equal(as_tuple(final), as_tuple(state))
     assert frozen.nbytes >= layer.flat_params.nbytes
     assert not any(view.flags.writeable for view in frozen.params.values())
     state_dict = frozen.state_dict()
-    state_dict["weight_hh_l0"][...] = 0
-    assert frozen.params["weight_hh_l0"].any()
+    state_dict["weight_hh_l0"][...] = np.zeros(state_dict["weight_hh_l0"].shape, dtype)
+    assert host(frozen.params["weight_hh_l0"]).any()
 
 
-def test_frozen_layers_pickle_their_weights_and_not_their_panels(cell, make_layer, normal):
-    frozen = make_layer(cell, 32, 64).freeze()
+def test_frozen_layers_pickle_their_weights_and_not_their_panels(cell, device, make_layer, normal):
+    frozen = make_layer(cell, 32, 64, device=device).freeze()
     weights = sum(view.nbytes for view in frozen.params.values())
     data = pickle.dumps(frozen)
     assert len(data) < weights + 2000
@@ -92,14 +99,14 @@ def test_frozen_layers_pickle_their_weights_and_not_their_panels(cell, make_laye
     assert copy.copy(frozen) is frozen and copy.deepcopy(frozen) is frozen
 
 
-def test_frozen_layers_are_shared_between_threads(cell, make_layer, normal):
-    frozen = make_layer(cell, I, 40, 2).freeze()
-    inputs = [normal(30, b, I) for b in (1, 2, 5, 9)]
+def test_frozen_layers_are_shared_between_threads(cell, device, make_layer, normal):
+    frozen = make_layer(cell, I, sized(device, 40, 8), 2, device=device).freeze()
+    inputs = [normal(sized(device, 30, 3), b, I) for b in (1, 2, 5, 9)]
     want = [frozen(x)[0] for x in inputs]
     got = [None] * len(inputs)
 
     def work(k):
-        for _ in range(10):
+        for _ in range(sized(device, 10, 2)):
             got[k] = frozen(inputs[k])[0]
 
     threads = [threading.Thread(target=work, args=(k,)) for k in range(len(inputs))]
@@ -141,59 +148,65 @@ def test_a_stream_of_one_takes_vectors(make_layer, cell, normal):
         np.testing.assert_array_equal(rows.step(x[t : t + 1]), want[t : t + 1])
 
 
-def test_the_state_of_a_stream_is_a_copy_and_can_be_set(cell, make_layer, normal):
-    stream = make_layer(cell, I, H, 2).freeze().stream(B)
+def test_the_state_of_a_stream_is_a_copy_and_can_be_set(cell, device, make_layer, normal):
+    stream = make_layer(cell, I, H, 2, device=device).freeze().stream(B)
     x, zeros = normal(T, B, I), stream.state
-    assert all(not s.any() and s.shape == (2, B, H) for s in as_tuple(zeros))
+    assert all(not s.any() and s.shape == (2, B, H) for s in map(host, as_tuple(zeros)))
     first = stream.step(x[0])
     middle = stream.state
     second = stream.step(x[1])
     stream.state = middle
     np.testing.assert_array_equal(stream.step(x[1]), second)
     for s in as_tuple(middle):
-        s[...] = np.nan
-    assert not np.isnan(as_tuple(stream.state)).any()
+        s[...] = np.full(s.shape, np.nan, np.float32)
+    assert not any(np.isnan(host(s)).any() for s in as_tuple(stream.state))
     for start_again in (
         stream.reset,
         lambda: setattr(stream, "state", None),
         lambda: setattr(stream, "state", zeros),
     ):
         start_again()
-        np.testing.assert_array_equal(as_tuple(stream.state), as_tuple(zeros))
+        for got, want in zip(as_tuple(stream.state), as_tuple(zeros), strict=True):
+            np.testing.assert_array_equal(host(got), host(want))
         np.testing.assert_array_equal(stream.step(x[0]), first)
 
 
-def test_half_a_state_can_be_set(normal):
-    stream = fr.LSTM(I, H, seed=0).freeze().stream(B)
+@every_device
+def test_half_a_state_can_be_set(device, normal):
+    stream = fr.LSTM(I, H, seed=0, device=device).freeze().stream(B)
     h = normal(1, B, H)
     stream.step(normal(B, I))
     stream.state = (h, None)
-    np.testing.assert_array_equal(stream.state[0], h)
-    assert not stream.state[1].any()
+    np.testing.assert_array_equal(host(stream.state[0]), h)
+    assert not host(stream.state[1]).any()
 
 
-def test_streams_continue_where_their_copy_was_made(cell, copied, make_layer, normal):
-    frozen = make_layer(cell, I, H, 2).freeze()
+def test_streams_continue_where_their_copy_was_made(cell, device, copied, make_layer, normal):
+    frozen = make_layer(cell, I, H, 2, device=device).freeze()
     stream, x = frozen.stream(B), normal(T, B, I)
     stream.step(x[0])
     other = copied(stream)
     assert other.batch_size == B and repr(other) == repr(stream)
-    np.testing.assert_array_equal(as_tuple(other.state), as_tuple(stream.state))
+    for got, want in zip(as_tuple(other.state), as_tuple(stream.state), strict=True):
+        np.testing.assert_array_equal(host(got), host(want))
     want = stream.step(x[1])
     stream.reset()
     np.testing.assert_array_equal(other.step(x[1]), want)
 
 
-def test_streams_of_one_frozen_layer_pickle_it_once():
-    frozen = fr.LSTM(64, 64).freeze()
+@every_device
+def test_streams_of_one_frozen_layer_pickle_it_once(device):
+    frozen = fr.LSTM(64, 64, device=device).freeze()
     weights = sum(view.nbytes for view in frozen.params.values())
     assert len(pickle.dumps([frozen.stream() for _ in range(5)])) < weights + 20_000
 
 
-def test_a_stream_keeps_its_frozen_layer_alive(normal):
+@every_device
+def test_a_stream_keeps_its_frozen_layer_alive(device, normal):
     x = normal(T, 1, I)
-    layer = fr.GRU(I, H, seed=0)
-    want, _ = layer(x)
+    layer = fr.GRU(I, H, seed=0, device=device)
+    other = layer.freeze().stream()
+    want = [other.step(x_t) for x_t in x]
     stream = layer.freeze().stream()
     step = stream.step
     del stream

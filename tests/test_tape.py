@@ -9,6 +9,7 @@ import weakref
 import numpy as np
 import pytest
 from bound import as_tuple
+from devices import every_device, host, put, shares_memory, sized
 
 import fusedrnn as fr
 
@@ -16,12 +17,25 @@ T, B, I, H = 5, 3, 4, 6
 
 
 @pytest.fixture
-def run(cell, make_layer, normal):
+def run(cell, device, make_layer, normal):
     """A layer, its input, the tape of its forward and a gradient of y."""
-    layer = make_layer(cell, I, H, 2, bidirectional=True)
-    x = normal(T, B, I)
+    layer = make_layer(cell, I, H, 2, bidirectional=True, device=device)
+    x = put(device, normal(T, B, I))
     *_, tape = layer.forward(x)
-    return layer, x, tape, normal(T, B, 2 * H)
+    return layer, x, tape, put(device, normal(T, B, 2 * H))
+
+
+def edit(array, index, value):
+    """Writes into an array anywhere; gives what it held."""
+    was = host(array).copy()
+    edited = was.copy()
+    edited[index] = value
+    array[...] = edited
+    return was
+
+
+def assert_equal(got, want):
+    np.testing.assert_array_equal(host(got), host(want))
 
 
 def test_a_tape_is_used_once(run):
@@ -33,9 +47,9 @@ def test_a_tape_is_used_once(run):
         layer.backward(tape, dy)
 
 
-def test_a_used_tape_lets_go_of_its_input(run):
+def test_a_used_tape_lets_go_of_its_input(run, device):
     layer, _, _, dy = run
-    x = np.ones((T, B, I), np.float32)
+    x = put(device, np.ones((T, B, I), np.float32))
     gone = weakref.ref(x)
     *_, tape = layer.forward(x)
     del x
@@ -49,19 +63,20 @@ def test_a_retained_tape_gives_the_same_again(run):
     layer, _, tape, dy = run
     first = layer.backward(tape, dy, retain=True)
     second = layer.backward(tape, dy)
-    np.testing.assert_array_equal(first.flat, second.flat)
-    np.testing.assert_array_equal(first.x, second.x)
-    assert not np.shares_memory(first.flat, second.flat)
+    assert_equal(first.flat, second.flat)
+    assert_equal(first.x, second.x)
+    assert not shares_memory(first.flat, second.flat)
 
 
-def test_another_layers_tape(run):
+def test_another_layers_tape(run, device):
     layer, x, tape, dy = run
     for other in (copy.deepcopy(layer), copy.copy(layer), pickle.loads(pickle.dumps(layer))):
         with pytest.raises(
             ValueError, match="tape must come from this layer's own forward, got another layer's"
         ):
             other.backward(tape, dy)
-    *_, function_tape = fr.rnn_forward(x, np.ones((H, I), np.float32), np.ones((H, H), np.float32))
+    weights = (put(device, np.ones((H, width), np.float32)) for width in (I, H))
+    *_, function_tape = fr.rnn_forward(x, *weights)
     with pytest.raises(ValueError, match="tape must come from this layer's own forward"):
         layer.backward(function_tape, dy)
     for backward, name in ((fr.lstm_backward, "lstm"), (fr.gru_backward, "gru")):
@@ -75,58 +90,58 @@ def test_another_layers_tape(run):
 
 def test_a_changed_input_is_an_error(run):
     layer, x, tape, dy = run
-    was = x[T - 1, B - 1, I - 1]
-    x[T - 1, B - 1, I - 1] += 1
+    was = edit(x, (T - 1, B - 1, I - 1), 7)
     with pytest.raises(RuntimeError, match="changed"):
         layer.backward(tape, dy)
-    x[T - 1, B - 1, I - 1] = was
+    x[...] = was
     layer.backward(tape, dy)
 
 
 def test_changed_parameters_are_an_error(run):
     layer, _, tape, dy = run
     for view in layer.params.values():
-        was = view.flat[-1]
-        view.flat[-1] = np.nextafter(was, np.float32(1))
+        last = tuple(n - 1 for n in view.shape)
+        was = edit(view, last, np.nextafter(host(view)[last], np.float32(1)))
         with pytest.raises(RuntimeError, match="changed"):
             layer.backward(tape, dy)
-        view.flat[-1] = was
+        view[...] = was
     layer.backward(tape, dy)
 
 
+@every_device
 @pytest.mark.parametrize("transposed", [False, True])
-def test_changed_weights_of_a_function_are_an_error(transposed, normal):
+def test_changed_weights_of_a_function_are_an_error(transposed, device, normal):
     w_ih, w_hh = normal(4 * H, I), normal(4 * H, H)
     if transposed:
         w_ih, w_hh = np.asfortranarray(w_ih), np.asfortranarray(w_hh)
-    *_, tape = fr.lstm_forward(normal(T, B, I), w_ih, w_hh)
-    w_hh[1, 2] += 1
+    x, dy, w_ih, w_hh = (put(device, a) for a in (normal(T, B, I), normal(T, B, H), w_ih, w_hh))
+    *_, tape = fr.lstm_forward(x, w_ih, w_hh)
+    edit(w_hh, (1, 2), 7)
     with pytest.raises(RuntimeError, match="changed"):
-        fr.lstm_backward(tape, normal(T, B, H))
+        fr.lstm_backward(tape, dy)
 
 
-def test_padding_may_change(run, normal):
+def test_padding_may_change(run):
     layer, x, _, dy = run
     lengths = [T, 0, 2]
     *_, tape = layer.forward(x, None, lengths)
     want = layer.backward(tape, dy, retain=True)
     for array in (x, dy):
-        array[:, 1] = np.nan
-        array[2:, 2] = np.inf
+        edit(array, np.s_[:, 1], np.nan)
+        edit(array, np.s_[2:, 2], np.inf)
     got = layer.backward(tape, dy)
-    np.testing.assert_array_equal(got.flat, want.flat)
-    np.testing.assert_array_equal(got.x, want.x)
+    assert_equal(got.flat, want.flat)
+    assert_equal(got.x, want.x)
 
 
-def test_results_may_be_overwritten_before_backward(run):
+def test_results_may_be_overwritten_before_backward(run, device):
     layer, x, tape, dy = run
     want = layer.backward(tape, dy)
-    buffer = np.empty((T, B, 2 * H), np.float32)
-    y, final, tape = layer.forward(x, out=buffer)
-    buffer[...] = np.nan
-    for state in as_tuple(final):
-        state[...] = np.nan
-    np.testing.assert_array_equal(layer.backward(tape, dy).flat, want.flat)
+    buffer = put(device, np.zeros((T, B, 2 * H), np.float32))
+    _, final, tape = layer.forward(x, out=buffer)
+    for result in (buffer, *as_tuple(final)):
+        edit(result, ..., np.nan)
+    assert_equal(layer.backward(tape, dy).flat, want.flat)
 
 
 def test_tapes_cannot_be_copied(run):
@@ -153,9 +168,9 @@ def test_wrt_leaves_out_the_rest_and_changes_nothing_else(wrt, run):
     assert (grads.flat is None, grads.params is None) == ("params" not in names,) * 2
     for name in names - {"params"}:
         for got, want in zip(as_tuple(getattr(grads, name)), as_tuple(getattr(full, name)), strict=True):
-            np.testing.assert_array_equal(got, want)
+            assert_equal(got, want)
     if "params" in names:
-        np.testing.assert_array_equal(grads.flat, full.flat)
+        assert_equal(grads.flat, full.flat)
 
 
 def test_gradients_of_parameters_are_views_in_their_order(run):
@@ -163,33 +178,33 @@ def test_gradients_of_parameters_are_views_in_their_order(run):
     grads = layer.backward(tape, dy)
     assert list(grads.params) == list(layer.params)
     assert [g.shape for g in grads.params.values()] == [p.shape for p in layer.params.values()]
-    np.testing.assert_array_equal(np.concatenate([g.ravel() for g in grads.params.values()]), grads.flat)
+    assert_equal(np.concatenate([host(g).ravel() for g in grads.params.values()]), grads.flat)
     assert grads.flat.shape == layer.flat_params.shape and grads.flat.flags.writeable
-    grads.flat[:] = 3
-    assert all((g == 3).all() for g in grads.params.values())
+    edit(grads.flat, ..., 3)
+    assert all((host(g) == 3).all() for g in grads.params.values())
 
 
-def test_a_missing_gradient_is_zeros(run):
+def test_a_missing_gradient_is_zeros(run, device):
     layer, _, tape, dy = run
-    zeros = np.zeros((4, B, H), np.float32)
+    zeros = put(device, np.zeros((4, B, H), np.float32))
     pair = isinstance(layer, fr.LSTM)
     plain = layer.backward(tape, dy, retain=True)
     explicit = layer.backward(tape, dy, (zeros, None) if pair else zeros, retain=True)
-    np.testing.assert_array_equal(plain.flat, explicit.flat)
-    last = dy[:2, :, :H].reshape(-1)[: zeros.size].copy()
-    last = np.resize(last, zeros.shape)
+    assert_equal(plain.flat, explicit.flat)
+    last = put(device, np.resize(host(dy), zeros.shape))
     state_only = layer.backward(tape, None, (last, None) if pair else last, retain=True)
-    with_zeros = layer.backward(tape, np.zeros_like(dy), (last, zeros) if pair else last)
-    np.testing.assert_array_equal(state_only.flat, with_zeros.flat)
-    np.testing.assert_array_equal(state_only.x, with_zeros.x)
+    no_dy = put(device, np.zeros((T, B, 2 * H), np.float32))
+    with_zeros = layer.backward(tape, no_dy, (last, zeros) if pair else last)
+    assert_equal(state_only.flat, with_zeros.flat)
+    assert_equal(state_only.x, with_zeros.x)
 
 
 @pytest.mark.parametrize("batch_first", [False, True])
-def test_accumulate_into_adds(cell, dtype, batch_first, make_layer, normal, close):
-    layer = make_layer(cell, I, H, 2, batch_first=batch_first, dtype=dtype)
+def test_accumulate_into_adds(cell, device, dtype, batch_first, make_layer, normal, close):
+    layer = make_layer(cell, I, H, 2, batch_first=batch_first, dtype=dtype, device=device)
     shape = (B, T) if batch_first else (T, B)
-    dy = normal(*shape, H, dtype=dtype)
-    tapes = [layer.forward(normal(*shape, I, dtype=dtype))[-1] for _ in range(2)]
+    dy = put(device, normal(*shape, H, dtype=dtype))
+    tapes = [layer.forward(put(device, normal(*shape, I, dtype=dtype)))[-1] for _ in range(2)]
     first, second = (layer.backward(tape, dy, retain=True) for tape in tapes)
     total = layer.backward(tapes[0], dy)
     assert layer.backward(tapes[1], dy, accumulate_into=total) is total
@@ -198,36 +213,40 @@ def test_accumulate_into_adds(cell, dtype, batch_first, make_layer, normal, clos
         (total.flat, first.flat, second.flat),
         *zip(as_tuple(total.state), as_tuple(first.state), as_tuple(second.state), strict=True),
     ):
-        close(got, a.astype(np.float64) + b, T * B * H, np.sqrt(T * B), backward=True)
+        close(host(got), host(a).astype(np.float64) + host(b), T * B * H, np.sqrt(T * B), backward=True)
 
 
-def test_accumulate_into_adds_only_what_wrt_names(run, normal):
+def test_accumulate_into_adds_only_what_wrt_names(run, device, normal):
     layer, x, tape, dy = run
     total = layer.backward(tape, dy)
     x_was, flat_was = total.x.copy(), total.flat.copy()
     states_were = [s.copy() for s in as_tuple(total.state)]
-    *_, longer = layer.forward(normal(T + 2, B, I))  # whose x would not even fit
-    layer.backward(longer, normal(T + 2, B, 2 * H), wrt=("params",), accumulate_into=total)
-    np.testing.assert_array_equal(total.x, x_was)
-    np.testing.assert_array_equal(as_tuple(total.state), states_were)
-    assert not np.array_equal(total.flat, flat_was)
+    *_, longer = layer.forward(put(device, normal(T + 2, B, I)))  # whose x would not even fit
+    layer.backward(longer, put(device, normal(T + 2, B, 2 * H)), wrt=("params",), accumulate_into=total)
+    assert_equal(total.x, x_was)
+    for state, was in zip(as_tuple(total.state), states_were, strict=True):
+        assert_equal(state, was)
+    assert not np.array_equal(host(total.flat), host(flat_was))
 
 
-def test_functions_accumulate(normal, close):
-    w_ih, w_hh, dy = normal(3 * H, I), normal(3 * H, H), normal(T, B, H)
-    tapes = [fr.gru_forward(normal(T, B, I), w_ih, w_hh)[-1] for _ in range(2)]
+@every_device
+def test_functions_accumulate(device, normal, close):
+    w_ih, w_hh, dy = (put(device, a) for a in (normal(3 * H, I), normal(3 * H, H), normal(T, B, H)))
+    x = put(device, normal(T, B, I))
+    tapes = [fr.gru_forward(put(device, normal(T, B, I)), w_ih, w_hh)[-1] for _ in range(2)]
     first, second = (fr.gru_backward(tape, dy, retain=True) for tape in tapes)
     total = fr.gru_backward(tapes[0], dy)
     assert fr.gru_backward(tapes[1], dy, accumulate_into=total) is total
-    close(total.w_ih, first.w_ih.astype(np.float64) + second.w_ih, T * B, np.sqrt(T * B), backward=True)
+    want = host(first.w_ih).astype(np.float64) + host(second.w_ih)
+    close(host(total.w_ih), want, T * B, np.sqrt(T * B), backward=True)
     assert total.c0 is None and total.b_ih is None
-    assert fr.gru_backward(fr.gru_forward(normal(T, B, I), w_ih, w_hh)[-1], dy, wrt="x").w_ih is None
+    assert fr.gru_backward(fr.gru_forward(x, w_ih, w_hh)[-1], dy, wrt="x").w_ih is None
 
 
 def test_a_failed_backward_leaves_accumulated_gradients_alone(run, unchanged):
     layer, x, tape, dy = run
     total = layer.backward(tape, dy, retain=True)
-    x[0, 0, 0] += 1
+    edit(x, (0, 0, 0), 7)
     with (
         unchanged(total.x, total.flat, *as_tuple(total.state)),
         pytest.raises(RuntimeError, match="changed"),
@@ -239,14 +258,15 @@ def test_grads_pickle_and_copy_with_their_views(run):
     layer, _, tape, dy = run
     grads = layer.backward(tape, dy)
     for copied in (copy.deepcopy(grads), pickle.loads(pickle.dumps(grads))):
-        np.testing.assert_array_equal(copied.x, grads.x)
-        copied.flat[:] = 1
-        assert (copied.params["weight_hh_l0"] == 1).all() and not (grads.flat == 1).all()
+        assert_equal(copied.x, grads.x)
+        edit(copied.flat, ..., 1)
+        assert (host(copied.params["weight_hh_l0"]) == 1).all() and not (host(grads.flat) == 1).all()
 
 
-def test_of_many_threads_with_one_tape_one_wins():
-    layer = fr.LSTM(3, 5, seed=0)
-    for _ in range(20):
+@every_device
+def test_of_many_threads_with_one_tape_one_wins(device):
+    layer = fr.LSTM(3, 5, seed=0, device=device)
+    for _ in range(sized(device, 20, 5)):
         y, _, tape = layer.forward(np.ones((4, 2, 3), np.float32))
         start, outcomes = threading.Barrier(4), []
 
