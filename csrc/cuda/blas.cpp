@@ -96,11 +96,13 @@ Library load() {
   std::vector<std::string> names{"libcublasLt.so.13", "libcublasLt.so.12"};
   if (!preferred_path().empty()) names.insert(names.begin(), preferred_path());
   std::string reasons;
-  for (const std::string& name : names) try {
+  for (const std::string& name : names) {
+    try {
       return open(name);
     } catch (const std::runtime_error& error) {
       reasons += std::string("\n  ") + error.what();
     }
+  }
   throw std::runtime_error(
       "fusedrnn needs cuBLASLt for layers on a GPU and found none that works: pip install 'fusedrnn[cuda13]', "
       "or install the CUDA toolkit's cuBLAS. Tried:" +
