@@ -191,7 +191,7 @@ struct Forward {
     constexpr Span span = Cell::recurrent[p];
     constexpr bool keeps_slots = Cell::phases > 1;
     const Tiling tiling(running(s), blocks, fused ? Cell::slots : span.count);
-    // Step s + 1 of x, which comes from far, is asked for along the way: a part of each row with each piece of the blocks.
+    // The next step's x, which comes from far, is asked for along the way: a part of each row with each piece of the blocks.
     const int64_t next_rows = with_input && s + 1 < end ? running(s + 1) : 0;
     const Cut next_x{a.I, tiling.block.pieces};
     alignas(64) T scratch[tile_accumulators * tile_parts(Cell::slots) * L];
@@ -214,15 +214,10 @@ struct Forward {
         const Place<T>* const at = place + i0;
         T* const out = in_scratch ? scratch : slots_at(s, c, i0) + (b0 - share.b0) * slots;
         if (n == 0 && share.barrier && i + 1 < tiling.row.pieces)  // the next rows, half of them from another core
-          for (int64_t next = i1; next < tiling.row.begin(i + 2); ++next) prefetch<false>(multiplied<p>(place[next]), a.H);
+          for (int64_t r = i1; r < tiling.row.begin(i + 2); ++r) prefetch<false>(multiplied<p>(place[r]), a.H);
         for (int64_t r = i0; r < smallest(i1, next_rows); ++r)
           prefetch<false>(place[r].x + a.x.step + next_x.begin(n), next_x.begin(n + 1) - next_x.begin(n));
-        if (p + 1 == Cell::phases)
-          for (int r = 0; r < rows; ++r) {
-            prefetch<true>(at[r].y + b0 * L, (b1 - b0) * L);
-            if (at[r].copy) prefetch<true>(at[r].copy + b0 * L, (b1 - b0) * L);
-            if (at[r].saved) prefetch<true>(at[r].saved + b0 * L * Cell::saved, (b1 - b0) * L * Cell::saved);
-          }
+        if (p + 1 == Cell::phases) prefetch_results(at, rows, b0, b1);
         if (!fused) {
           for (int r = 0; r < rows; ++r) {
             t.a[r] = multiplied<p>(at[r]);
@@ -233,19 +228,34 @@ struct Forward {
           both.row = at, both.out = out, both.out_row = out_row;
           run_tile<Steps<T, Cell>>(rows, int(b1 - b0), both);
         }
-        for (int r = 0; r < rows; ++r) {
-          T* row = out + r * out_row;
-          for (int64_t b = b0; b < b1; ++b, row += slots) {
-            int width = block_width<T>(a.H, b);
-            V slot[Cell::slots];
+        cells<p>(at, rows, b0, b1, out, out_row);
+      }
+    }
+  }
+
+  static FUSEDRNN_INLINE void prefetch_results(const Place<T>* at, int rows, int64_t b0, int64_t b1) {
+    const int64_t u = b0 * L, n = (b1 - b0) * L;
+    for (int r = 0; r < rows; ++r) {
+      prefetch<true>(at[r].y + u, n);
+      if (at[r].copy) prefetch<true>(at[r].copy + u, n);
+      if (at[r].saved) prefetch<true>(at[r].saved + u * Cell::saved, n * Cell::saved);
+    }
+  }
+
+  // The cells of a tile, whose slots lie at `out`.
+  template <int p>
+  FUSEDRNN_INLINE void cells(const Place<T>* at, int rows, int64_t b0, int64_t b1, T* out, int64_t out_row) const {
+    for (int r = 0; r < rows; ++r) {
+      T* row = out + r * out_row;
+      for (int64_t b = b0; b < b1; ++b, row += slots) {
+        const int width = block_width<T>(a.H, b);
+        V slot[Cell::slots];
 #pragma GCC unroll 8
-            for (int v = 0; v < Cell::slots; ++v) slot[v] = V::load(row + v * L);
-            if (width == L)
-              cell<p, true>(slot, row, at[r], b * L, width);
-            else
-              cell<p, false>(slot, row, at[r], b * L, width);
-          }
-        }
+        for (int v = 0; v < Cell::slots; ++v) slot[v] = V::load(row + v * L);
+        if (width == L)
+          cell<p, true>(slot, row, at[r], b * L, width);
+        else
+          cell<p, false>(slot, row, at[r], b * L, width);
       }
     }
   }
@@ -486,6 +496,7 @@ struct Backward {
       const int64_t part0 = part == 0 ? 0 : fed, rows = (part == 0 ? fed : ends) - part0;
       if (rows <= 0) continue;
       const Tiling tiling(rows, share.b1 - share.b0, 1);
+      const Cut x_part{a.dw_ih ? f.I : 0, tiling.block.pieces};
       for (int64_t k = 0; k < tiling.block.pieces; ++k) {
         const int64_t g = there_and_back(k, tiling.block.pieces, s);
         const int64_t b0 = share.b0 + tiling.block.begin(g), b1 = share.b0 + tiling.block.begin(g + 1);
@@ -508,6 +519,10 @@ struct Backward {
             if (s >= 0) {
               prefetch<false>(forward.saved(s, j, b0), (b1 - b0) * L * Cell::saved);
               if (q == 0 && a.dy.base) prefetch<false>(a.dy.at(s, j) + b0 * L, (b1 - b0) * L);
+              if (Cell::saved == 0) {  // its gradients are so few that what dW needs, h and x, stays beside them
+                prefetch<false>(f.y.at(s, j) + b0 * L, (b1 - b0) * L);
+                prefetch<false>(f.x.at(s, j) + x_part.begin(k), x_part.begin(k + 1) - x_part.begin(k));
+              }
             }
           }
           run_batch(batch, n, t, a.w_hh_t[p] + b0 * a.hh_block[p], segments, piece.segments);
@@ -575,15 +590,12 @@ struct Backward {
 
   // The operands' rows as panels for the outer products.
   void pack_operands(int64_t hi, int64_t rows) const {
-    const int64_t inputs = ceil_div(f.I, L);
-    const Cut cut = tasks(inputs + Cell::phases * blocks);
-    const int64_t first = cut.begin(team.rank), end = cut.begin(team.rank + 1);
-    pack_rows(hi, rows, first, smallest(end, inputs), f.I, a.x_panel, [&](int64_t s, int64_t j) { return f.x.at(s, j); });
-    for (int p = 0; p < Cell::phases; ++p) {
-      const int64_t before = inputs + p * blocks;
-      pack_rows(hi, rows, largest(first - before, 0), smallest(end - before, blocks), H, a.h_panel[p],
+    const Cut input = tasks(ceil_div(f.I, L)), hidden = tasks(blocks);  // the columns that this thread reads, if one gate does
+    pack_rows(hi, rows, input.begin(team.rank), input.begin(team.rank + 1), f.I, a.x_panel,
+              [&](int64_t s, int64_t j) { return f.x.at(s, j); });
+    for (int p = 0; p < Cell::phases; ++p)
+      pack_rows(hi, rows, hidden.begin(team.rank), hidden.begin(team.rank + 1), H, a.h_panel[p],
                 [&](int64_t s, int64_t j) { return p == 0 ? forward.h_prev(s, j) : forward.operand(s, j); });
-    }
   }
 
   // Vectors [v0, v1) of every row of the chunk; row(s, j) is where it lies, `width` elements long.
