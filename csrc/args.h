@@ -82,8 +82,8 @@ struct ForwardArgs {
   T* final_state[max_states];     // (B, H) likewise
   const ptrdiff_t* state_row;     // (B)
   // Panels: see gemm.h
-  const T* w_ih;                  // [blocks of H][I][input.count * lanes], blocks ih_block apart
-  const T* w_hh[max_phases];      // [blocks of H][H][recurrent[p].count * lanes], blocks hh_block[p] apart
+  const T* w_ih;                  // [blocks of H][parts][I][input.count / parts * lanes], blocks ih_block apart
+  const T* w_hh[max_phases];      // [blocks of H][parts][H][recurrent[p].count / parts * lanes], blocks hh_block[p] apart
   const T* bias;                  // [blocks of H][slots * lanes]
   int64_t ih_block, hh_block[max_phases];
   // Tape: null for inference
