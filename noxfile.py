@@ -57,8 +57,10 @@ def bench(session: nox.Session) -> None:
 
 @nox.session
 def lint(session: nox.Session) -> None:
-    session.install("ruff")
+    session.install("ruff", "clang-format==23.1.5")
     session.run("ruff", "check", *session.posargs)
+    sources = session.run("git", "ls-files", "*.h", "*.cpp", "*.cu", "*.cuh", external=True, silent=True)
+    session.run("clang-format", "--dry-run", "--Werror", *sources.split())
 
 
 @nox.session

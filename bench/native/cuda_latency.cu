@@ -43,8 +43,7 @@ __global__ void cluster_exchange(int rounds, int blocks, int bytes, float*) {
   sync_cluster();
   for (int i = 0; i < rounds; ++i) {
     for (int v = int(threadIdx.x); v < vectors * blocks; v += threads)
-      send(operand + (i % 2 * blocks + rank) * bytes + v / blocks * 16, no_words(), unsigned(v % blocks),
-           barrier + i % 2);
+      send(operand + (i % 2 * blocks + rank) * bytes + v / blocks * 16, no_words(), unsigned(v % blocks), barrier + i % 2);
     barrier_wait(barrier + i % 2, unsigned(i / 2 % 2));
     if (threadIdx.x == 0) barrier_expect(barrier + i % 2, unsigned(blocks * bytes));
     sync_block();
@@ -166,8 +165,7 @@ struct Table {
   // Time of a round: of 2 * rounds less that of rounds, so that launch and start fall out. amount: of `unit` in a
   // round.
   template <class Kernel, class... Args>
-  void row(const std::string& what, const Launch& how, Kernel kernel, double amount, const char* unit,
-           Args... args) const {
+  void row(const std::string& what, const Launch& how, Kernel kernel, double amount, const char* unit, Args... args) const {
     const auto run = [&](int n) { return [&, n] { launch("latency", how, kernel, n, args...); }; };
     try {
       const double ns = (median(run(2 * rounds)) - median(run(rounds))) * 1e3 / rounds;
@@ -206,8 +204,8 @@ int run(int rounds, int repeats) {
                 double(bytes) * blocks, "bytes", blocks, bytes, out);
     Launch full = how;
     full.grid = dim3(unsigned(machine.processors / blocks * blocks));
-    table.row("the same, 2048 bytes, as many clusters as there are", full, cluster_exchange, 2048.0 * blocks, "bytes",
-              blocks, 2048, out);
+    table.row("the same, 2048 bytes, as many clusters as there are", full, cluster_exchange, 2048.0 * blocks, "bytes", blocks,
+              2048, out);
     cudaLaunchAttribute attribute;
     attribute.id = cudaLaunchAttributeClusterDimension;
     attribute.val.clusterDim = {unsigned(blocks), 1, 1};
@@ -215,10 +213,8 @@ int run(int rounds, int repeats) {
     config.gridDim = full.grid, config.blockDim = threads, config.dynamicSmemBytes = full.shared;
     config.attrs = &attribute, config.numAttrs = 1;
     int clusters = 0;
-    if (blocks > 8)
-      FUSEDRNN_CUDA(cudaFuncSetAttribute(cluster_exchange, cudaFuncAttributeNonPortableClusterSizeAllowed, 1));
-    FUSEDRNN_CUDA(
-        cudaFuncSetAttribute(cluster_exchange, cudaFuncAttributeMaxDynamicSharedMemorySize, int(full.shared)));
+    if (blocks > 8) FUSEDRNN_CUDA(cudaFuncSetAttribute(cluster_exchange, cudaFuncAttributeNonPortableClusterSizeAllowed, 1));
+    FUSEDRNN_CUDA(cudaFuncSetAttribute(cluster_exchange, cudaFuncAttributeMaxDynamicSharedMemorySize, int(full.shared)));
     cudaOccupancyMaxActiveClusters(&clusters, cluster_exchange, &config);
     printf("cluster%s: %d of them are resident at once\n", of.c_str(), clusters);
   }
@@ -242,8 +238,7 @@ int run(int rounds, int repeats) {
   table.row("mma of 8 warps, two sums each", {1, threads}, multiply<2>, 2 * products, "products", out);
   table.row("mma of 8 warps, four sums each", {1, threads}, multiply<4>, 4 * products, "products", out);
   table.row("mma of 8 warps, eight sums each", {1, threads}, multiply<8>, 8 * products, "products", out);
-  table.row("float32 multiply-adds of 8 warps, 16 sums each", {1, threads}, multiply_float, 16.0 * threads, "products",
-            out);
+  table.row("float32 multiply-adds of 8 warps, 16 sums each", {1, threads}, multiply_float, 16.0 * threads, "products", out);
   table.row("shared memory read by 8 warps", {1, threads, 64 << 10}, read_shared, 16.0 * threads, "bytes", out);
   FUSEDRNN_CUDA(cudaFree(table.memory));
   return 0;

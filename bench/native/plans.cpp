@@ -43,8 +43,8 @@ int main(int argc, char** argv) {
   for (int i = 1; i < argc; ++i) cores.push_back(std::atoi(argv[i]));
   if (cores.empty()) cores = {2, 8, 16, 32, 64};
   const CellInfo& lstm = cells[0];
-  const int64_t shapes[][4] = {{1, 100, 64, 64},     {1, 100, 256, 256},  {1, 100, 512, 512}, {1, 50, 1024, 1024},
-                               {16, 100, 128, 128},  {32, 100, 256, 256}, {64, 100, 256, 256}, {64, 50, 512, 512},
+  const int64_t shapes[][4] = {{1, 100, 64, 64},      {1, 100, 256, 256},  {1, 100, 512, 512},  {1, 50, 1024, 1024},
+                               {16, 100, 128, 128},   {32, 100, 256, 256}, {64, 100, 256, 256}, {64, 50, 512, 512},
                                {128, 30, 1024, 1024}, {256, 50, 32, 64}};
   std::printf("| %s: rows x units, times one core | B,T,I,H |", lstm.name);
   for (int n : cores) std::printf(" %d cores |", n);

@@ -54,7 +54,8 @@ Sequence<T> writable(const py::object& object, int64_t width) {
   auto a = py::reinterpret_borrow<py::array>(object);
   check_type<T>(a);
   expect(a.ndim() == 3 && a.shape(2) == width && a.writeable(), "output sequence of the wrong shape");
-  expect(width <= 1 || a.size() == 0 || a.strides(2) == py::ssize_t(sizeof(T)), "output sequence's last axis must be contiguous");
+  expect(width <= 1 || a.size() == 0 || a.strides(2) == py::ssize_t(sizeof(T)),
+         "output sequence's last axis must be contiguous");
   return {static_cast<T*>(a.mutable_data()), a.strides(0) / py::ssize_t(sizeof(T)), a.strides(1) / py::ssize_t(sizeof(T))};
 }
 
@@ -93,8 +94,10 @@ struct PyPanels {
   std::shared_ptr<const Panels<double>> of_double;
   template <class T>
   const std::shared_ptr<const Panels<T>>& get() const {
-    if constexpr (sizeof(T) == 4) return of_float;
-    else return of_double;
+    if constexpr (sizeof(T) == 4)
+      return of_float;
+    else
+      return of_double;
   }
   size_t bytes() const { return of_float ? of_float->bytes() : of_double->bytes(); }
 };

@@ -69,7 +69,8 @@ void require_capable(int device) {
   const cuda::Machine& machine = cuda::machine_of(device);
   if (machine.major < 8)
     throw std::runtime_error("cuda: cuda:" + std::to_string(device) + ", " + machine.name + ", has compute capability " +
-                             std::to_string(machine.major) + "." + std::to_string(machine.minor) + ", but 8.0 or later is needed");
+                             std::to_string(machine.major) + "." + std::to_string(machine.minor) +
+                             ", but 8.0 or later is needed");
 }
 
 std::string description() {
@@ -77,7 +78,8 @@ std::string description() {
   int driver = 0, runtime = 0;
   FUSEDRNN_CUDA(cudaDriverGetVersion(&driver));
   FUSEDRNN_CUDA(cudaRuntimeGetVersion(&runtime));
-  std::string text = "CUDA " + version_text(runtime) + " for " FUSEDRNN_CUDA_ARCHITECTURES "; driver for " + version_text(driver);
+  std::string text =
+      "CUDA " + version_text(runtime) + " for " FUSEDRNN_CUDA_ARCHITECTURES "; driver for " + version_text(driver);
   for (int i = 0; i < devices; ++i) {
     const cuda::Machine& m = cuda::machine_of(i);
     text += "; cuda:" + std::to_string(i) + " " + m.name + " (sm_" + std::to_string(10 * m.major + m.minor) + ", " +
@@ -208,7 +210,8 @@ void copy(int device, uintptr_t stream, const py::array& from, const py::array& 
     const int axis = cuda::max_axes - axes + i;
     expect(from.shape(i) == to.shape(i), "copy of another shape");
     shape.size[axis] = to.shape(i);
-    if (to.shape(i) > 1) source.stride[axis] = elements(from, from.strides(i)), target.stride[axis] = elements(to, to.strides(i));
+    if (to.shape(i) > 1)
+      source.stride[axis] = elements(from, from.strides(i)), target.stride[axis] = elements(to, to.strides(i));
   }
   OnDevice on(device);
   if (to.size() == 0) return;
@@ -235,8 +238,14 @@ struct PySpec {
 
 PySpec make_typed_spec(const std::string& cell, const std::string& dtype, int64_t I, int64_t H, int64_t L, int D, bool bias,
                        bool reverse) {
-  const struct { const char* name; DType dtype; py::ssize_t element; } known[] = {
-      {"float32", DType::float32, 4}, {"float64", DType::float64, 8}, {"float16", DType::float16, 2}, {"bfloat16", DType::bfloat16, 2}};
+  const struct {
+    const char* name;
+    DType dtype;
+    py::ssize_t element;
+  } known[] = {{"float32", DType::float32, 4},
+               {"float64", DType::float64, 8},
+               {"float16", DType::float16, 2},
+               {"bfloat16", DType::bfloat16, 2}};
   for (const auto& row : known)
     if (dtype == row.name) return {make_spec(cell, I, H, L, D, bias, reverse), row.dtype, row.element};
   throw std::invalid_argument("unknown dtype '" + dtype + "'");
@@ -252,7 +261,8 @@ struct PyTape {
 
 void* contiguous(const PySpec& s, const py::handle& object, int64_t n) {
   const auto a = py::reinterpret_borrow<py::array>(object);
-  expect(a.itemsize() == s.element && (a.flags() & py::array::c_style) && a.size() == n, "array must be C-contiguous and of the right size");
+  expect(a.itemsize() == s.element && (a.flags() & py::array::c_style) && a.size() == n,
+         "array must be C-contiguous and of the right size");
   return pointer(a);
 }
 
@@ -289,10 +299,9 @@ std::vector<cuda::Weights> weights(const PySpec& s, const py::object& tuple) {
   return out;
 }
 
-std::unique_ptr<PyTape> forward(const PySpec& s, int device, const StreamObject& stream, bool tf32,
-                                const py::tuple& params, const py::array& x, const py::object& state,
-                                const py::object& lengths, const py::array& y, const py::tuple& state_out, bool training,
-                                double dropout, uint64_t seed) {
+std::unique_ptr<PyTape> forward(const PySpec& s, int device, const StreamObject& stream, bool tf32, const py::tuple& params,
+                                const py::array& x, const py::object& state, const py::object& lengths, const py::array& y,
+                                const py::tuple& state_out, bool training, double dropout, uint64_t seed) {
   require_capable(device);
   const Spec& spec = s.spec;
   cuda::StackForward call{};
@@ -381,8 +390,8 @@ PYBIND11_MODULE(_cuda, m, pybind11::mod_gil_not_used()) {
       "plan",
       [](const fusedrnn::bindings::PySpec& s, int device, bool tf32, bool backward, int64_t T, int64_t B) {
         require_capable(device);
-        return cuda::describe(cuda::layer_plan(s.spec.info(), s.dtype, backward, s.spec.H, B, T * B, tf32,
-                                                 s.spec.D, cuda::machine_of(device)));
+        return cuda::describe(
+            cuda::layer_plan(s.spec.info(), s.dtype, backward, s.spec.H, B, T * B, tf32, s.spec.D, cuda::machine_of(device)));
       },
       py::arg("spec"), py::arg("device"), py::arg("tf32"), py::arg("backward"), py::arg("T"), py::arg("B"),
       "What a layer would run as, and why.");
@@ -399,9 +408,9 @@ PYBIND11_MODULE(_cuda, m, pybind11::mod_gil_not_used()) {
   m.def("device_of", &device_of, py::arg("address"));
   register_dlpack(m);
 
-  py::class_<fusedrnn::bindings::PySpec>(m, "Spec")
-      .def(py::init(&make_typed_spec), py::arg("cell"), py::arg("dtype"), py::arg("input_size"), py::arg("hidden_size"),
-           py::arg("num_layers"), py::arg("directions"), py::arg("bias"), py::arg("reverse"));
+  py::class_<fusedrnn::bindings::PySpec>(m, "Spec").def(py::init(&make_typed_spec), py::arg("cell"), py::arg("dtype"),
+                                                        py::arg("input_size"), py::arg("hidden_size"), py::arg("num_layers"),
+                                                        py::arg("directions"), py::arg("bias"), py::arg("reverse"));
   py::class_<PyTape>(m, "Tape").def_property_readonly("nbytes", &PyTape::bytes);
   m.def("forward", &fusedrnn::bindings::forward, py::arg("spec"), py::arg("device"), py::arg("stream"), py::arg("tf32"),
         py::arg("params"), py::arg("x"), py::arg("state").none(true), py::arg("lengths").none(true), py::arg("y"),

@@ -67,8 +67,13 @@ py::object lend(const py::array& array, const py::object& owner, DataType dtype,
     lent->shape.push_back(array.shape(i));
     lent->strides.push_back(array.strides(i) / array.itemsize());
   }
-  lent->managed.tensor = {array.size() ? const_cast<void*>(array.data()) : nullptr, device, int32_t(array.ndim()), dtype,
-                          lent->shape.data(), lent->strides.data(), 0};
+  lent->managed.tensor = {array.size() ? const_cast<void*>(array.data()) : nullptr,
+                          device,
+                          int32_t(array.ndim()),
+                          dtype,
+                          lent->shape.data(),
+                          lent->strides.data(),
+                          0};
   lent->managed.context = lent.get();
   lent->managed.deleter = &release<M>;
   // A capsule that nobody has taken, which its name tells, still owns the loan.

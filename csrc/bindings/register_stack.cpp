@@ -8,8 +8,10 @@ struct PyTape {
   std::unique_ptr<Tape<double>> of_double;
   template <class T>
   std::unique_ptr<Tape<T>>& get() {
-    if constexpr (sizeof(T) == 4) return of_float;
-    else return of_double;
+    if constexpr (sizeof(T) == 4)
+      return of_float;
+    else
+      return of_double;
   }
   size_t bytes() const { return of_float ? of_float->bytes() : of_double->bytes(); }
 };
@@ -22,8 +24,8 @@ PySpec make_typed_spec(const std::string& cell, const py::dtype& dtype, int64_t 
 }
 
 py::object forward(const PySpec& s, const py::tuple& params, const py::array& x, const py::object& state,
-                   const py::object& lengths, const py::array& y, const py::tuple& state_out, bool training,
-                   double dropout, uint64_t seed, const PyPanels* panels) {
+                   const py::object& lengths, const py::array& y, const py::tuple& state_out, bool training, double dropout,
+                   uint64_t seed, const PyPanels* panels) {
   return with_type(s, [&](auto zero) -> py::object {
     using T = decltype(zero);
     const Spec& spec = s.spec;
@@ -48,7 +50,8 @@ py::object forward(const PySpec& s, const py::tuple& params, const py::array& x,
     {
       GilRelease release;
       if (training)
-        tape->get<T>() = std::make_unique<Tape<T>>(spec, call.T_, call.B, call.lengths, call.state[0] != nullptr, dropout, seed);
+        tape->get<T>() =
+            std::make_unique<Tape<T>>(spec, call.T_, call.B, call.lengths, call.state[0] != nullptr, dropout, seed);
       run_forward(call, tape->get<T>().get());
     }
     return training ? py::cast(std::move(tape)) : py::none();
@@ -87,8 +90,10 @@ PyPanels pack(const PySpec& s, const py::tuple& params) {
     auto w = weights<const T>(params, s.spec);
     GilRelease release;
     auto panels = std::make_shared<const Panels<T>>(s.spec, w);
-    if constexpr (sizeof(T) == 4) return PyPanels{panels, nullptr};
-    else return PyPanels{nullptr, panels};
+    if constexpr (sizeof(T) == 4)
+      return PyPanels{panels, nullptr};
+    else
+      return PyPanels{nullptr, panels};
   });
 }
 
@@ -102,9 +107,9 @@ void register_stack(py::module_& m) {
     list.append(row);
   }
   m.attr("CELLS") = list;
-  py::class_<PySpec>(m, "Spec")
-      .def(py::init(&make_typed_spec), py::arg("cell"), py::arg("dtype"), py::arg("input_size"), py::arg("hidden_size"),
-           py::arg("num_layers"), py::arg("directions"), py::arg("bias"), py::arg("reverse"));
+  py::class_<PySpec>(m, "Spec").def(py::init(&make_typed_spec), py::arg("cell"), py::arg("dtype"), py::arg("input_size"),
+                                    py::arg("hidden_size"), py::arg("num_layers"), py::arg("directions"), py::arg("bias"),
+                                    py::arg("reverse"));
   py::class_<PyTape>(m, "Tape").def_property_readonly("nbytes", &PyTape::bytes);
   py::class_<PyPanels>(m, "Panels").def_property_readonly("nbytes", &PyPanels::bytes);
   m.def("forward", &forward, py::arg("spec"), py::arg("params"), py::arg("x"), py::arg("state").none(true),

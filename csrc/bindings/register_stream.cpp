@@ -61,8 +61,7 @@ class PyStream {
     if (!(x.flags() & py::array::c_style) || reinterpret_cast<uintptr_t>(from) % alignof(T) != 0) {
       auto copy = static_cast<T*>(input_.mutable_data());
       for (int64_t b = 0; b < B_; ++b)
-        for (int64_t i = 0; i < spec_.I; ++i)
-          memcpy(copy + b * spec_.I + i, flat ? x.data(i) : x.data(b, i), sizeof(T));
+        for (int64_t i = 0; i < spec_.I; ++i) memcpy(copy + b * spec_.I + i, flat ? x.data(i) : x.data(b, i), sizeof(T));
       from = copy;
     }
     py::object out = out_object;
@@ -90,21 +89,20 @@ class PyStream {
     }
     auto array = py::reinterpret_borrow<py::array>(a);
     if (array.dtype().ptr() != dtype_.ptr() && !array.dtype().equal(dtype_))
-      throw py::type_error(std::string("stream.step: ") + name + " must have dtype " +
-                           py::str(dtype_).cast<std::string>() + ", got " +
-                           py::str(array.dtype()).cast<std::string>() + "; convert it with .astype(np." +
+      throw py::type_error(std::string("stream.step: ") + name + " must have dtype " + py::str(dtype_).cast<std::string>() +
+                           ", got " + py::str(array.dtype()).cast<std::string>() + "; convert it with .astype(np." +
                            py::str(dtype_).cast<std::string>() + ")");
     return array;
   }
 
   void check_out(const py::array& out, bool flat, const py::array& x) const {
-    const bool fits = flat ? out.ndim() == 1 && out.shape(0) == spec_.H
-                           : out.ndim() == 2 && out.shape(0) == B_ && out.shape(1) == spec_.H;
+    const bool fits =
+        flat ? out.ndim() == 1 && out.shape(0) == spec_.H : out.ndim() == 2 && out.shape(0) == B_ && out.shape(1) == spec_.H;
     if (!fits)
-      throw py::value_error("stream.step: out must have shape " +
-                            (flat ? "(" + std::to_string(spec_.H) + ",)"
-                                  : "(" + std::to_string(B_) + ", " + std::to_string(spec_.H) + ")") +
-                            ", got " + shape_text(out));
+      throw py::value_error(
+          "stream.step: out must have shape " +
+          (flat ? "(" + std::to_string(spec_.H) + ",)" : "(" + std::to_string(B_) + ", " + std::to_string(spec_.H) + ")") +
+          ", got " + shape_text(out));
     if (!out.writeable()) throw py::value_error("stream.step: out must be writeable, got a read-only array");
     if (!(out.flags() & py::array::c_style) || reinterpret_cast<uintptr_t>(out.data()) % size_t(out.itemsize()) != 0)
       throw py::value_error("stream.step: out must be C-contiguous and aligned");
@@ -209,8 +207,8 @@ void register_stream(py::module_& m) {
       .def("set_state", &PyStream::set_state, py::arg("state").none(true))
       .def_property_readonly("state", &PyStream::state)
       .def_property_readonly("batch_size", &PyStream::batch);
-  stream.attr("step") = py::reinterpret_steal<py::object>(
-      PyDescr_NewMethod(reinterpret_cast<PyTypeObject*>(stream.ptr()), &step_method));
+  stream.attr("step") =
+      py::reinterpret_steal<py::object>(PyDescr_NewMethod(reinterpret_cast<PyTypeObject*>(stream.ptr()), &step_method));
 }
 
 }  // namespace fusedrnn::bindings

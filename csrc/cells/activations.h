@@ -28,9 +28,7 @@ struct ActivationConstants<float> {
   static FUSEDRNN_HD constexpr double sigmoid_c(int k) {
     return k == 0 ? 0.33333233455969133264 * (1 + 1.5e-6) : -0.022126957298844295362;
   }
-  static FUSEDRNN_HD constexpr double tanh_c(int k) {
-    return k == 0 ? 0.33332915267143201577 : -0.022023055873513864763;
-  }
+  static FUSEDRNN_HD constexpr double tanh_c(int k) { return k == 0 ? 0.33332915267143201577 : -0.022023055873513864763; }
   static constexpr float log2e = 0x1.715476p+0f, log2e_low = 0x1.4ae0c0p-26f;
   static constexpr float half_ln2 = 0x1.62e4p-2f, half_ln2_low = 0x1.7f7d1cp-21f;
   static constexpr float sigmoid_min = -87.9f;  // n = -127: the denominator is Inf, the quotient 0

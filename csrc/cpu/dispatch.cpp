@@ -6,10 +6,10 @@
 
 namespace fusedrnn {
 
-#define FUSEDRNN_DECLARE(target)                 \
-  namespace target {                             \
-  extern const Kernels<float> kernels_float;     \
-  extern const Kernels<double> kernels_double;   \
+#define FUSEDRNN_DECLARE(target)               \
+  namespace target {                           \
+  extern const Kernels<float> kernels_float;   \
+  extern const Kernels<double> kernels_double; \
   }
 #if defined(__x86_64__)
 FUSEDRNN_DECLARE(avx512)
@@ -36,12 +36,15 @@ const std::vector<Isa>& isas() {
     const bool v3 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi") &&
                     __builtin_cpu_supports("bmi2");
 #endif
-#define FUSEDRNN_ISA(name, has, target) {name, bool(has), &target::kernels_float, &target::kernels_double}
+#define FUSEDRNN_ISA(name, has, target) \
+  { name, bool(has), &target::kernels_float, &target::kernels_double }
     return new std::vector<Isa>{
 #if defined(__x86_64__)
-        FUSEDRNN_ISA("avx512", v3 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
-                                   __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-                                   __builtin_cpu_supports("avx512cd"), avx512),
+        FUSEDRNN_ISA("avx512",
+                     v3 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
+                         __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+                         __builtin_cpu_supports("avx512cd"),
+                     avx512),
         FUSEDRNN_ISA("avx2", v3, avx2),
         FUSEDRNN_ISA("x86-64-v2", __builtin_cpu_supports("sse4.2"), v2),
 #elif defined(__aarch64__)
@@ -61,8 +64,7 @@ const Isa& chosen() {
       if (i.available && (!wanted || !*wanted || i.name == wanted)) return i;
       if (i.available) known += (known.empty() ? "" : ", ") + i.name;
     }
-    throw std::invalid_argument("FUSEDRNN_ISA must be one of " + known + " on this CPU, got '" +
-                                (wanted ? wanted : "") + "'");
+    throw std::invalid_argument("FUSEDRNN_ISA must be one of " + known + " on this CPU, got '" + (wanted ? wanted : "") + "'");
   }();
   return isa;
 }

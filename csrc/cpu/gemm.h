@@ -41,9 +41,7 @@ constexpr int tile_max_vectors = 8;
 constexpr int tile_part(int vectors) { return vectors == 2 * tile_vectors ? tile_vectors : vectors; }
 constexpr int tile_parts(int vectors) { return vectors / tile_part(vectors); }
 
-constexpr int tile_max_rows(int vectors) {
-  return tile_accumulators / vectors < 8 ? tile_accumulators / vectors : 8;
-}
+constexpr int tile_max_rows(int vectors) { return tile_accumulators / vectors < 8 ? tile_accumulators / vectors : 8; }
 
 // acc += A B over k elements of each row from `offset` on, `stride` apart: MR rows by NB blocks of NG vectors. A block has
 // `width` vectors in acc, of which those of the product are number `first` and the next.
@@ -143,7 +141,8 @@ void step_kernel(const StepTile<T>& t) {
 #pragma GCC unroll 8
   for (int r = 0; r < MR; ++r)
 #pragma GCC unroll 8
-    for (int v = 0; v < NV; ++v) acc[r][v].store(t.out + r * t.out_row + first + (v / part * Cell::slots + v % part) * V::lanes);
+    for (int v = 0; v < NV; ++v)
+      acc[r][v].store(t.out + r * t.out_row + first + (v / part * Cell::slots + v % part) * V::lanes);
 }
 
 // The two families of kernels: what they are given, how many vectors a tile takes of a block and in how many parts, and the
@@ -153,14 +152,18 @@ struct Products {
   using Args = Tile<T>;
   static constexpr int vectors = tile_part(NG), parts = tile_parts(NG);
   template <int MR, int NB>
-  static constexpr auto kernel() { return tile_kernel<T, MR, vectors, NB, parts>; }
+  static constexpr auto kernel() {
+    return tile_kernel<T, MR, vectors, NB, parts>;
+  }
 };
 template <class T, class Cell>
 struct Steps {
   using Args = StepTile<T>;
   static constexpr int vectors = tile_part(Cell::slots), parts = tile_parts(Cell::slots);
   template <int MR, int NB>
-  static constexpr auto kernel() { return step_kernel<T, Cell, MR, NB>; }
+  static constexpr auto kernel() {
+    return step_kernel<T, Cell, MR, NB>;
+  }
 };
 
 template <class Family>
@@ -228,8 +231,7 @@ FUSEDRNN_INLINE void transpose(Vec<T>* v) {
 // Packs a forward panel. w is (gates*H, K) row-major; out is [blocks of H][parts][K][count / parts * lanes], blocks `stride`
 // apart: lane l of slot s of block b at depth k is w[gate(s) * H + b * lanes + l][k], or 0 past H.
 template <class T>
-void pack_gates(const T* w, int64_t H, int64_t K, const int* gate, int count, int64_t b0, int64_t b1, T* out,
-                int64_t stride) {
+void pack_gates(const T* w, int64_t H, int64_t K, const int* gate, int count, int64_t b0, int64_t b1, T* out, int64_t stride) {
   using V = Vec<T>;
   constexpr int L = V::lanes;
   const int part = tile_part(count), parts = tile_parts(count);

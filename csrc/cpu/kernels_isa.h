@@ -98,10 +98,10 @@ T read(const T* p, int64_t n, int64_t rounds) {
 template <class T>
 constexpr Kernels<T> table() {
 #define FUSEDRNN_CELL_KERNELS(Cell) {forward<T, Cell>, backward<T, Cell>, Forward<T, Cell>::fuses},
-  return {Vec<T>::lanes,  {FUSEDRNN_FOR_EACH_CELL(FUSEDRNN_CELL_KERNELS)},
-          pack_gates<T>,  pack_transposed<T>,
-          dropout<T>,     hash<T>,
-          fma_chain<T>,   read<T>};
+  return {Vec<T>::lanes, {FUSEDRNN_FOR_EACH_CELL(FUSEDRNN_CELL_KERNELS)},
+          pack_gates<T>, pack_transposed<T>,
+          dropout<T>,    hash<T>,
+          fma_chain<T>,  read<T>};
 #undef FUSEDRNN_CELL_KERNELS
 }
 

@@ -60,8 +60,9 @@ FUSEDRNN_INLINE Share share_of(const Team& team, const Schedule& schedule, int64
   const int parts = team.plan.row_threads, part = team.rank / team.plan.unit_threads;
   const int unit = team.rank % team.plan.unit_threads;
   const Cut row{schedule.batch, parts}, block{blocks, team.plan.unit_threads};
-  Share share{row.begin(part), 1, row.begin(part + 1) - row.begin(part), block.begin(unit), block.begin(unit + 1), unit,
-              team.plan.unit_threads > 1 ? barrier_at(team.rows, part) : nullptr};
+  Barrier* const barrier = team.plan.unit_threads > 1 ? barrier_at(team.rows, part) : nullptr;
+  const int64_t first = row.begin(part), b0 = block.begin(unit), b1 = block.begin(unit + 1);
+  Share share{first, 1, row.begin(part + 1) - first, b0, b1, unit, barrier};
   if (schedule.steps > 0 && schedule.active[schedule.steps - 1] < schedule.batch)
     share.first = part, share.stride = parts, share.rows = ceil_div(schedule.batch - part, parts);
   return share;
@@ -100,14 +101,15 @@ struct Forward {
   }
   FUSEDRNN_INLINE Place<T> place_of(int64_t s, int64_t j) const {
     const ptrdiff_t row = a.state_row[j];
-    return {a.x.at(s, j),
-            h_prev(s, j),
-            Cell::phases > 1 ? operand(s, j) : nullptr,
-            a.y.at(s, j),
-            a.copy.base ? a.copy.at(s, j) : nullptr,
-            j >= a.schedule.active[s + 1] ? a.final_state[0] + row : s + 1 == end && a.carry ? a.carry + row : nullptr,
-            Cell::states > 1 ? a.final_state[Cell::states - 1] + row : nullptr,
-            a.training ? saved(s, j, 0) : nullptr};
+    const bool ends = j >= a.schedule.active[s + 1];
+    Place<T> at{};
+    at.x = a.x.at(s, j), at.h = h_prev(s, j), at.y = a.y.at(s, j);
+    if (Cell::phases > 1) at.operand = operand(s, j);
+    if (a.copy.base) at.copy = a.copy.at(s, j);
+    if (ends || (s + 1 == end && a.carry)) at.last = (ends ? a.final_state[0] : a.carry) + row;
+    if (Cell::states > 1) at.state = a.final_state[Cell::states - 1] + row;
+    if (a.training) at.saved = saved(s, j, 0);
+    return at;
   }
   // The pre-activations of the share's row i at step s of the chunk that starts at step c, from block share.b0 on.
   FUSEDRNN_INLINE T* slots_at(int64_t s, int64_t c, int64_t i) const {
@@ -181,7 +183,9 @@ struct Forward {
   }
 
   template <int p>
-  static FUSEDRNN_INLINE const T* multiplied(const Place<T>& at) { return p == 0 ? at.h : at.operand; }
+  static FUSEDRNN_INLINE const T* multiplied(const Place<T>& at) {
+    return p == 0 ? at.h : at.operand;
+  }
 
   // slots += W_hh operand, then the cell, tile by tile while the slots are in the first cache level. In a chunk of one
   // step the input product comes just before: in the same tile, or before the tiles of a block, which reads one panel after
@@ -312,7 +316,8 @@ struct Forward {
     V slot[1][NB * Cell::slots];
 #pragma GCC unroll 32
     for (int i = 0; i < NB * Cell::slots; ++i) slot[0][i] = V::load(from + i * L);
-    if (with_input) row_product<NB, Cell::input.count, Cell::input.first>(slot, at.x, a.I, a.w_ih + b0 * a.ih_block, a.ih_block);
+    if (with_input)
+      row_product<NB, Cell::input.count, Cell::input.first>(slot, at.x, a.I, a.w_ih + b0 * a.ih_block, a.ih_block);
     row_product<NB, span.count, span.first>(slot, multiplied<p>(at), a.H, a.w_hh[p] + b0 * a.hh_block[p], a.hh_block[p]);
 #pragma GCC unroll 8
     for (int n = 0; n < NB; ++n)
@@ -393,9 +398,7 @@ struct Backward {
       }
     }
     if (begin > 0) return;
-    product<0>(-1, last, [&](int64_t j, int64_t b, const T* grad) {
-      V::load(grad).store(a.carry[0] + j * padded + b * L);
-    });
+    product<0>(-1, last, [&](int64_t j, int64_t b, const T* grad) { V::load(grad).store(a.carry[0] + j * padded + b * L); });
     finish_carry();
   }
 
@@ -449,7 +452,8 @@ struct Backward {
   static constexpr int64_t panel_piece = (256 << 10) / sizeof(V);  // in vectors
   struct Pieces {
     int64_t segments, rows;  // of a piece; of a batch
-    Pieces(int64_t k, int64_t all, int64_t rows, int64_t vectors) : segments(largest(all, 1)), rows(tile_max_rows(int(vectors))) {
+    Pieces(int64_t k, int64_t all, int64_t rows, int64_t vectors)
+        : segments(largest(all, 1)), rows(tile_max_rows(int(vectors))) {
       if (rows <= this->rows || all * k * vectors <= panel_piece) return;
       segments = largest(1, panel_piece / (k * vectors));
       this->rows = Batch::most_rows;
@@ -549,8 +553,7 @@ struct Backward {
     T* to = gates(b, now + j);
 #pragma GCC unroll 8
     for (int i = 0; i < Cell::slots; ++i) slot[i] = q == 0 ? V(T(0)) : V::load(to + i * L);
-    Cell::template backward<q>(grad, slot, carry, save, lanes.load(f.y.at(s, j) + u),
-                               lanes.load(forward.h_prev(s, j) + u));
+    Cell::template backward<q>(grad, slot, carry, save, lanes.load(f.y.at(s, j) + u), lanes.load(forward.h_prev(s, j) + u));
 #pragma GCC unroll 8
     for (int i = 0; i < Cell::slots; ++i)
       if (q == 0 || i < operand.first || i >= operand.first + operand.count)  // not those that other threads still read
@@ -605,8 +608,7 @@ struct Backward {
     Walk at{f.schedule.active, hi, 0};
     for (int64_t i = 0; i < rows; ++i, at.skip(1)) {
       const T* from = row(at.s, at.j);
-      for (int64_t v = v0; v < v1; ++v)
-        V::load(from + v * L, block_width<T>(width, v)).store(panel + v * panel_stride + i * L);
+      for (int64_t v = v0; v < v1; ++v) V::load(from + v * L, block_width<T>(width, v)).store(panel + v * panel_stride + i * L);
     }
   }
 
@@ -676,8 +678,7 @@ struct Backward {
       for (int64_t r0 = 0, r1; r0 < rows; r0 = r1) {
         r1 = smallest(rows, r0 + reduction_rows - (done + r0) % reduction_rows);
         V acc[Cell::slots];
-        for (int i = 0; i < Cell::slots; ++i)
-          acc[i] = (done + r0) % reduction_rows == 0 ? V(T(0)) : V::load(sum + i * L);
+        for (int i = 0; i < Cell::slots; ++i) acc[i] = (done + r0) % reduction_rows == 0 ? V(T(0)) : V::load(sum + i * L);
         for (int64_t r = r0; r < r1; ++r)
           for (int i = 0; i < Cell::slots; ++i) acc[i] += V::load(gates(b, batch + r) + i * L);
         for (int i = 0; i < Cell::slots; ++i) acc[i].store(sum + i * L);

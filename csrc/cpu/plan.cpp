@@ -102,8 +102,8 @@ Wave wave(const std::vector<LayerSize>& layers, const Machine& machine, int thre
         ns += 1e3 * cut(size, machine, threads / teams, false, forward).estimated_us;
         // Each range reads W_ih again; in backward it reads and writes the gradients of all weights.
         const double row = double(size.cell->gates * size.H) * size.element_bytes;
-        again += 2 * hop_ns + (forward ? row * double(size.I) / l2_bytes_per_ns
-                                           : 2 * row * double(size.I + size.H) / l3_bytes_per_ns);
+        again += 2 * hop_ns +
+                 (forward ? row * double(size.I) / l2_bytes_per_ns : 2 * row * double(size.I + size.H) / l3_bytes_per_ns);
       }
       slowest = std::max(slowest, ns), per_range = std::max(per_range, again);
     }

@@ -79,7 +79,9 @@ struct Native<float> {
   }
   static FUSEDRNN_INLINE Reg first(Reg a, int n) { return _mm512_maskz_mov_ps(head(n), a); }
   template <int predicate>
-  static FUSEDRNN_INLINE Mask compare(Reg a, Reg b) { return _mm512_cmp_ps_mask(a, b, predicate); }
+  static FUSEDRNN_INLINE Mask compare(Reg a, Reg b) {
+    return _mm512_cmp_ps_mask(a, b, predicate);
+  }
 };
 
 template <>
@@ -105,7 +107,9 @@ struct Native<double> {
   }
   static FUSEDRNN_INLINE Reg first(Reg a, int n) { return _mm512_maskz_mov_pd(head(n), a); }
   template <int predicate>
-  static FUSEDRNN_INLINE Mask compare(Reg a, Reg b) { return _mm512_cmp_pd_mask(a, b, predicate); }
+  static FUSEDRNN_INLINE Mask compare(Reg a, Reg b) {
+    return _mm512_cmp_pd_mask(a, b, predicate);
+  }
 };
 
 #else  // masks are vectors of all-ones or all-zeros integers
@@ -328,9 +332,7 @@ struct Vec {
   friend FUSEDRNN_INLINE Vec ldexp(Vec a, Vec n) { return wrap(N::ldexp(a.r, n.r)); }
   friend FUSEDRNN_INLINE Vec first(Vec v, int n) { return wrap(N::first(v.r, n)); }
 #else
-  friend FUSEDRNN_INLINE Vec copysign(Vec a, Vec s) {
-    return from_int((to_int(a) & ~sign_bit()) | (to_int(s) & sign_bit()));
-  }
+  friend FUSEDRNN_INLINE Vec copysign(Vec a, Vec s) { return from_int((to_int(a) & ~sign_bit()) | (to_int(s) & sign_bit())); }
   // Lane by lane a where m holds, else b.
   friend FUSEDRNN_INLINE Vec select(Mask m, Vec a, Vec b) { return wrap(m ? a.r : b.r); }
   // a * 2^n, n an integer with 2^n a normal number; on AVX-512 any n.

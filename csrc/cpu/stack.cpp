@@ -164,8 +164,11 @@ class Trace {
             "%lld steps or %lld rows a chunk%s",
             pass_, spec.info().name, (long long)l, (long long)T_, (long long)B, (long long)spec.input_size(l),
             (long long)spec.H, sizeof(T) == 4 ? "float32" : "float64", isa().c_str(), plan.row_threads, plan.unit_threads,
-            crew.split() ? " for each direction" : crew.flows() ? " in a wavefront" : "", (long long)plan.chunk_steps,
-            (long long)plan.chunk_rows, plan.fused && plan.chunk_steps == 1 ? ", both products in one tile" : "");
+            crew.split()   ? " for each direction"
+            : crew.flows() ? " in a wavefront"
+                           : "",
+            (long long)plan.chunk_steps, (long long)plan.chunk_rows,
+            plan.fused && plan.chunk_steps == 1 ? ", both products in one tile" : "");
     if (crew.flows())
       fputs("\n", stderr);
     else
@@ -216,8 +219,7 @@ struct Dropout {
 template <class T>
 void clear_padding(const Sequence<T>& a, int64_t width, const Order& order, int64_t T_) {
   for (size_t j = 0; j < order.from.size(); ++j)
-    for (int64_t t = order.length[j]; t < T_; ++t)
-      std::fill_n(a.data + t * a.step + order.from[j] * a.row, width, T(0));
+    for (int64_t t = order.length[j]; t < T_; ++t) std::fill_n(a.data + t * a.step + order.from[j] * a.row, width, T(0));
 }
 
 // Calls then(i, b) for this rank's blocks of hidden units of every layer and direction.
@@ -289,7 +291,13 @@ class Checksums {
 
 template <class T>
 LayerSize layer_size(const Spec& spec, int64_t layer, int64_t T_, int64_t B) {
-  return {T_, B, spec.input_size(layer), spec.H, &spec.info(), kernels<T>().lanes, int(sizeof(T)),
+  return {T_,
+          B,
+          spec.input_size(layer),
+          spec.H,
+          &spec.info(),
+          kernels<T>().lanes,
+          int(sizeof(T)),
           kernels<T>().cell[spec.cell].fuses};
 }
 
@@ -324,8 +332,8 @@ void Panels<T>::pack_input(const Weights<const T>& w, int64_t i, int64_t b) {
   const Kernels<T>& k = kernels<T>();
   const int64_t H = spec_.H, lanes = k.lanes;
   const Layer& to = layers_[i];
-  k.pack_gates(w.w_ih, H, spec_.input_size(i / spec_.D), cell.slot_gate + cell.input.first, cell.input.count, b, b + 1,
-               to.w_ih, to.ih_block);
+  k.pack_gates(w.w_ih, H, spec_.input_size(i / spec_.D), cell.slot_gate + cell.input.first, cell.input.count, b, b + 1, to.w_ih,
+               to.ih_block);
   auto fed = [](Span span, int slot) { return slot >= span.first && slot < span.first + span.count; };
   for (int s = 0; s < cell.slots; ++s)
     for (int64_t u = b * lanes; u < (b + 1) * lanes; ++u) {
@@ -349,10 +357,8 @@ void Panels<T>::pack_recurrent(const Weights<const T>& w, int64_t i, int64_t b) 
 }
 
 template <class T>
-Tape<T>::Tape(const Spec& spec, int64_t T_, int64_t B, const int64_t* lengths, bool has_state, double dropout,
-              uint64_t seed)
-    : T_(T_), B(B), order(T_, B, lengths), saved(spec.count()), operand(spec.count()), y(spec.L), dropout(dropout),
-      seed(seed) {
+Tape<T>::Tape(const Spec& spec, int64_t T_, int64_t B, const int64_t* lengths, bool has_state, double dropout, uint64_t seed)
+    : T_(T_), B(B), order(T_, B, lengths), saved(spec.count()), operand(spec.count()), y(spec.L), dropout(dropout), seed(seed) {
   for (int64_t i = 0; i < spec.count(); ++i) {
     arena.want(&saved[i], {order.rows(), spec.info().saved, spec.H});
     if (spec.info().phases > 1) arena.want(&operand[i], {order.rows(), spec.H});
@@ -406,8 +412,8 @@ void run_forward(const StackForward<T>& call, Tape<T>* tape) {
   for (int64_t l = 0; l < spec.L; ++l) {
     const Plan& plan = crew.plan(l);
     const int64_t rows = ceil_div(B, plan.row_threads);
-    pre_thread = std::max(
-        pre_thread, plan.chunk_steps * rows * ceil_div(ceil_div(H, lanes), plan.unit_threads) * cell.slots * lanes);
+    pre_thread =
+        std::max(pre_thread, plan.chunk_steps * rows * ceil_div(ceil_div(H, lanes), plan.unit_threads) * cell.slots * lanes);
     place_thread = std::max(place_thread, rows);
   }
   Arena arena;
@@ -432,8 +438,9 @@ void run_forward(const StackForward<T>& call, Tape<T>* tape) {
   for (int64_t l = 0; l < spec.L; ++l) {
     // Inference writes inner layers in turns to one buffer and to the caller's y, which the last layer then overwrites.
     const bool top = l == spec.L - 1;
-    Sequence<T> y = tape ? time_major(tape->y[l], B, width)
-                         : (spec.L - 1 - l) % 2 == 0 ? call.y : time_major(between, B, width);
+    Sequence<T> y = tape                        ? time_major(tape->y[l], B, width)
+                    : (spec.L - 1 - l) % 2 == 0 ? call.y
+                                                : time_major(between, B, width);
     for (int d = 0; d < spec.D; ++d) {
       const int64_t i = l * spec.D + d;
       const bool back = spec.backward_in_time(d);
@@ -585,8 +592,7 @@ void run_backward(const StackBackward<T>& call) {
     if (rank == 0) now.add_biases(call.weights);
     now.add_x(call.x, order, rank, threads);
   });
-  if (now.x() != tape.x_sum)
-    throw std::runtime_error("x was changed after the forward pass, so its gradients would be wrong");
+  if (now.x() != tape.x_sum) throw std::runtime_error("x was changed after the forward pass, so its gradients would be wrong");
   if (now.weights() != tape.weights_sum)
     throw std::runtime_error("the parameters were changed after the forward pass, so their gradients would be wrong");
   if (wants_weights && !call.adds && order.rows() == 0)
@@ -607,8 +613,7 @@ void run_backward(const StackBackward<T>& call) {
   std::vector<Sequence<T>> dx(spec.L);
   for (int64_t l = 0; l < spec.L; ++l) {
     dx[l] = l == 0 ? call.dx : time_major(between[(l - 1) % 2], B, width);
-    const Sequence<const T> x = l == 0 ? call.x
-                                       : time_major<const T>(drops ? masked : tape.y[l - 1], B, width);
+    const Sequence<const T> x = l == 0 ? call.x : time_major<const T>(drops ? masked : tape.y[l - 1], B, width);
     const Sequence<const T> dy = l == spec.L - 1 ? call.dy : time_major<const T>(between[l % 2], B, width);
     for (int d = 0; d < spec.D; ++d) {
       const int64_t i = l * spec.D + d;
@@ -641,8 +646,7 @@ void run_backward(const StackBackward<T>& call) {
       a.dw_ih = g.w_ih, a.dw_hh = g.w_hh, a.db_ih = g.b_ih, a.db_hh = g.b_hh;
       a.w_ih_t = t.w_ih, a.ih_block = t.ih_block;
       a.x_panel = w.x_panel;
-      for (int p = 0; p < cell.phases; ++p)
-        a.w_hh_t[p] = t.w_hh[p], a.hh_block[p] = t.hh_block[p], a.h_panel[p] = w.h_panel[p];
+      for (int p = 0; p < cell.phases; ++p) a.w_hh_t[p] = t.w_hh[p], a.hh_block[p] = t.hh_block[p], a.h_panel[p] = w.h_panel[p];
       a.gates = w.gates, a.gates_block = gates_block;
       a.sum_w_ih = w.sum_w_ih, a.sum_w_hh = w.sum_w_hh, a.sum_b = w.sum_b;
     }
@@ -661,9 +665,8 @@ void run_backward(const StackBackward<T>& call) {
     for (int64_t l = spec.L - 1; l >= 0; --l) {
       if (l > 0 && drops) dropout.apply<T>(tape.y[l - 1], masked, T_ * B * width, l, rank, threads);
       crew.wait(rank);
-      crew.directions(l, rank, [&](int d, const Team& team) {
-        k.cell[spec.cell].backward(args[l * spec.D + d], team, 0, steps);
-      });
+      crew.directions(l, rank,
+                      [&](int d, const Team& team) { k.cell[spec.cell].backward(args[l * spec.D + d], team, 0, steps); });
       crew.wait(rank);
       trace.layer<T>(spec, l, T_, B, crew);
       if (crew.split() && dx[l].data) {
@@ -685,11 +688,11 @@ void run_backward(const StackBackward<T>& call) {
   });
 }
 
-#define FUSEDRNN_INSTANTIATE(T)                                                                 \
-  template LayerSize layer_size<T>(const Spec&, int64_t, int64_t, int64_t);                     \
-  template class Panels<T>;                                                                     \
-  template struct Tape<T>;                                                                      \
-  template void run_forward(const StackForward<T>&, Tape<T>*);                                  \
+#define FUSEDRNN_INSTANTIATE(T)                                             \
+  template LayerSize layer_size<T>(const Spec&, int64_t, int64_t, int64_t); \
+  template class Panels<T>;                                                 \
+  template struct Tape<T>;                                                  \
+  template void run_forward(const StackForward<T>&, Tape<T>*);              \
   template void run_backward(const StackBackward<T>&);
 FUSEDRNN_INSTANTIATE(float)
 FUSEDRNN_INSTANTIATE(double)

@@ -296,7 +296,8 @@ int default_threads() {
   const char* text = getenv("FUSEDRNN_NUM_THREADS");
   n = available_threads();
   if (text && *text && (n = positive(text)) == 0)
-    throw std::invalid_argument(std::string("FUSEDRNN_NUM_THREADS must be a number of threads from 1 to 1024, got '") + text + "'");
+    throw std::invalid_argument(std::string("FUSEDRNN_NUM_THREADS must be a number of threads from 1 to 1024, got '") + text +
+                                "'");
   process_threads.store(n, std::memory_order_relaxed);
   return n;
 }

@@ -66,8 +66,7 @@ struct BackwardArgs {
   T* dstate[max_states];              // (B, H) in the caller's order, or null where not wanted
   const T* w_hh_t[max_phases];        // (H, recurrent[p].count * H): W_hh transposed, columns by slot, then unit
   T* gates;                           // (N, slots, H): the slots' gradients
-  Accumulate<T>*
-      carry[max_states];  // (B, H) by sorted sequence: dh and dc between steps, where they are in no register
+  Accumulate<T>* carry[max_states];  // (B, H) by sorted sequence: dh and dc between steps, where they are in no register
 };
 
 }  // namespace fusedrnn::cuda

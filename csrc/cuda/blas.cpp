@@ -48,8 +48,7 @@ struct Library {
   Status (*preference_create)(Preference*);
   Status (*preference_set)(Preference, int what, const void*, size_t);
   Status (*preference_destroy)(Preference);
-  Status (*heuristic)(Handle, Operation, Layout, Layout, Layout, Layout, Preference, int wanted, Heuristic*,
-                      int* found);
+  Status (*heuristic)(Handle, Operation, Layout, Layout, Layout, Layout, Preference, int wanted, Heuristic*, int* found);
   Status (*matmul)(Handle, Operation, const void* alpha, const void* a, Layout, const void* b, Layout, const void* beta,
                    const void* c, Layout, void* d, Layout, const Algorithm*, void* workspace, size_t, cudaStream_t);
 };
@@ -115,8 +114,7 @@ const Library& library() {
 }
 
 void check_status(Status status, const char* call) {
-  if (status != 0)
-    throw std::runtime_error(std::string("cuBLASLt: status ") + std::to_string(status) + " from " + call);
+  if (status != 0) throw std::runtime_error(std::string("cuBLASLt: status ") + std::to_string(status) + " from " + call);
 }
 
 Handle handle_of(int device) {
@@ -157,8 +155,7 @@ Prepared prepare(const Product& p, Handle handle, const uint32_t (&alignment)[3]
   check_status(l.operation_set(made.operation, operation_transpose_b, &transpose_a, sizeof transpose_a),
                "MatmulDescSetAttribute");
   const auto layout = [&](Layout* to, DType type, int64_t rows, int64_t columns, int64_t ld) {
-    check_status(l.layout_create(to, type_number(type), uint64_t(columns), uint64_t(rows), ld),
-                 "cublasLtMatrixLayoutCreate");
+    check_status(l.layout_create(to, type_number(type), uint64_t(columns), uint64_t(rows), ld), "cublasLtMatrixLayoutCreate");
   };
   layout(&made.a, p.factors, p.b_transposed ? p.n : p.k, p.b_transposed ? p.k : p.n, p.ldb);
   layout(&made.b, p.factors, p.a_transposed ? p.k : p.m, p.a_transposed ? p.m : p.k, p.lda);
@@ -167,16 +164,14 @@ Prepared prepare(const Product& p, Handle handle, const uint32_t (&alignment)[3]
   check_status(l.preference_create(&preference), "cublasLtMatmulPreferenceCreate");
   check_status(l.preference_set(preference, preference_workspace, &most_workspace, sizeof most_workspace),
                "PreferenceSetAttribute");
-  check_status(
-      l.preference_set(preference, preference_reduction, &reduce_in_compute_type, sizeof reduce_in_compute_type),
-      "PreferenceSetAttribute");
+  check_status(l.preference_set(preference, preference_reduction, &reduce_in_compute_type, sizeof reduce_in_compute_type),
+               "PreferenceSetAttribute");
   const uint32_t order[] = {alignment[1], alignment[0], alignment[2], alignment[2]};
   for (int i = 0; i < 4; ++i)
     check_status(l.preference_set(preference, preference_alignment_a + i, &order[i], sizeof order[i]),
                  "PreferenceSetAttribute");
   int found = 0;
-  const Status status =
-      l.heuristic(handle, made.operation, made.a, made.b, made.c, made.c, preference, 1, &made.best, &found);
+  const Status status = l.heuristic(handle, made.operation, made.a, made.b, made.c, made.c, preference, 1, &made.best, &found);
   l.preference_destroy(preference);
   if (status != 0 || found == 0)
     throw std::runtime_error("cuBLASLt has no algorithm for a product of " + std::string(name_of(p.factors)) + " of " +
@@ -198,8 +193,8 @@ void multiply(const Product& p, int device, CUstream_st* stream) {
   const Library& l = library();
   Handle handle = handle_of(device);
   const uint32_t alignment[] = {alignment_of(p.a), alignment_of(p.b), alignment_of(p.c)};
-  using Key = std::tuple<int, int, int, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int, uint32_t, uint32_t,
-                         uint32_t>;
+  using Key =
+      std::tuple<int, int, int, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int, uint32_t, uint32_t, uint32_t>;
   const Key key{device,       int(p.factors), int(p.result), p.m,   p.n,
                 p.k,          p.lda,          p.ldb,         p.ldc, p.a_transposed + 2 * p.b_transposed + 4 * p.tf32,
                 alignment[0], alignment[1],   alignment[2]};
@@ -228,9 +223,9 @@ void multiply(const Product& p, int device, CUstream_st* stream) {
     const double one64 = 1, beta64 = p.adds;
     const bool wide = p.factors == DType::float64;
     note_launch("a product of cuBLASLt");
-    check_status(l.matmul(handle, prepared.operation, wide ? static_cast<const void*>(&one64) : &one32, p.b, prepared.a,
-                          p.a, prepared.b, wide ? static_cast<const void*>(&beta64) : &beta32, p.c, prepared.c, p.c,
-                          prepared.c, &prepared.best.algorithm, workspace, prepared.best.workspace, stream),
+    check_status(l.matmul(handle, prepared.operation, wide ? static_cast<const void*>(&one64) : &one32, p.b, prepared.a, p.a,
+                          prepared.b, wide ? static_cast<const void*>(&beta64) : &beta32, p.c, prepared.c, p.c, prepared.c,
+                          &prepared.best.algorithm, workspace, prepared.best.workspace, stream),
                  "cublasLtMatmul");
   }
 }

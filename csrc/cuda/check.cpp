@@ -25,8 +25,7 @@ bool is_refusal(cudaError_t code) {
 
 void fail(cudaError_t code, const char* call) {
   cudaGetLastError();  // what is not sticky must not fail the next call too
-  std::string text =
-      std::string("CUDA: ") + cudaGetErrorName(code) + " (" + cudaGetErrorString(code) + ") from " + call;
+  std::string text = std::string("CUDA: ") + cudaGetErrorName(code) + " (" + cudaGetErrorString(code) + ") from " + call;
   if (code == cudaErrorMemoryAllocation) throw OutOfMemory(code, text);
   const char* kernel = last_kernel.load(std::memory_order_relaxed);
   if (kernel) text += std::string("; the last kernel launched was ") + kernel + ", which may be where it happened";

@@ -41,8 +41,7 @@ struct Launch {
 };
 
 template <class... Params, class... Args>
-[[nodiscard]] cudaError_t try_launch(const char* name, const Launch& how, void (*kernel)(Params...),
-                                     const Args&... args) {
+[[nodiscard]] cudaError_t try_launch(const char* name, const Launch& how, void (*kernel)(Params...), const Args&... args) {
   if (how.shared > 48 << 10) {  // all that there is: another thread may launch the same kernel with less
     int device = 0, most = 0;
     check(cudaGetDevice(&device), name);

@@ -32,8 +32,8 @@ int resident_clusters(int blocks, int processors, int shared_bytes) {
 int resident_blocks(int processors, int shared_bytes) {
   FUSEDRNN_CUDA(cudaFuncSetAttribute(fills_a_processor, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes));
   int each = 0;  // of a processor
-  if (cudaOccupancyMaxActiveBlocksPerMultiprocessor(&each, fills_a_processor, persistent_threads,
-                                                    size_t(shared_bytes)) != cudaSuccess) {
+  if (cudaOccupancyMaxActiveBlocksPerMultiprocessor(&each, fills_a_processor, persistent_threads, size_t(shared_bytes)) !=
+      cudaSuccess) {
     cudaGetLastError();
     return 0;
   }

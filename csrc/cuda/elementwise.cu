@@ -29,8 +29,7 @@ __device__ __forceinline__ void for_columns(int64_t width, F f) {
 }
 template <class F>
 __device__ __forceinline__ void for_flat(int64_t n, F f) {
-  for (int64_t i = int64_t(blockIdx.x) * flat_threads + threadIdx.x; i < n; i += int64_t(gridDim.x) * flat_threads)
-    f(i);
+  for (int64_t i = int64_t(blockIdx.x) * flat_threads + threadIdx.x; i < n; i += int64_t(gridDim.x) * flat_threads) f(i);
 }
 
 __global__ void uniform_schedule_kernel(int* active, int* length, int64_t* offset, int* from, int64_t T_, int64_t B) {
@@ -199,8 +198,8 @@ __global__ void column_sums_kernel(Accumulate<T>* partial, const T* x, int64_t N
 }
 
 template <class T>
-__global__ void finish_biases_kernel(T* db_ih, T* db_hh, const Accumulate<T>* partial, int64_t chunks, SlotGates g,
-                                     int64_t H, bool adds) {
+__global__ void finish_biases_kernel(T* db_ih, T* db_hh, const Accumulate<T>* partial, int64_t chunks, SlotGates g, int64_t H,
+                                     bool adds) {
   for_flat(g.count * H, [&](int64_t n) {
     const int i = int(n / H);
     const int64_t at = g.gate[i] * H + n % H;
@@ -243,10 +242,8 @@ __global__ void checksum_rows_kernel(unsigned long long* to, Strided<const T> a,
 
 }  // namespace
 
-void uniform_schedule(int* active, int* length, int64_t* offset, int* from, int64_t T_, int64_t B,
-                      cudaStream_t stream) {
-  launch("uniform_schedule", flat(std::max(T_ + 1, B), stream), uniform_schedule_kernel, active, length, offset, from,
-         T_, B);
+void uniform_schedule(int* active, int* length, int64_t* offset, int* from, int64_t T_, int64_t B, cudaStream_t stream) {
+  launch("uniform_schedule", flat(std::max(T_ + 1, B), stream), uniform_schedule_kernel, active, length, offset, from, T_, B);
 }
 
 template <class To>
@@ -263,8 +260,7 @@ template void upload(int*, const std::vector<int64_t>&, cudaStream_t);
 template void upload(int64_t*, const std::vector<int64_t>&, cudaStream_t);
 
 template <class T>
-void gather(T* packed, int64_t packed_row, const Strided<const T>& a, int64_t width, const Packing& p,
-            cudaStream_t stream) {
+void gather(T* packed, int64_t packed_row, const Strided<const T>& a, int64_t width, const Packing& p, cudaStream_t stream) {
   if (p.T_ * p.B == 0) return;
   launch("gather", over_rows(p.T_ * p.B, stream), gather_kernel<T>, packed, packed_row, a, width, p);
 }
@@ -303,8 +299,7 @@ void previous_states(T* to, const ForwardArgs<T>& args, int64_t T_, cudaStream_t
 }
 
 template <class T>
-void slot_biases(Accumulate<T>* to, const T* b_ih, const T* b_hh, const CellInfo& cell, int64_t H,
-                 cudaStream_t stream) {
+void slot_biases(Accumulate<T>* to, const T* b_ih, const T* b_hh, const CellInfo& cell, int64_t H, cudaStream_t stream) {
   launch("slot_biases", flat(cell.slots * H, stream), slot_biases_kernel<T>, to, b_ih, b_hh, slot_gates(cell), H);
 }
 
@@ -320,15 +315,15 @@ void transpose_weights(T* to, const T* w_hh, const CellInfo& cell, Span span, in
 int64_t bias_gradients_rows(int64_t N) { return ceil_div(N, sum_rows); }
 
 template <class T>
-void bias_gradients(T* db_ih, T* db_hh, const T* gates, Accumulate<T>* workspace, int64_t N, const CellInfo& cell,
-                    int64_t H, bool adds, cudaStream_t stream) {
+void bias_gradients(T* db_ih, T* db_hh, const T* gates, Accumulate<T>* workspace, int64_t N, const CellInfo& cell, int64_t H,
+                    bool adds, cudaStream_t stream) {
   const int64_t width = cell.slots * H, chunks = bias_gradients_rows(N);
   launch("column_sums",
          {dim3(unsigned(ceil_div(width, row_threads)), unsigned(std::clamp<int64_t>(chunks, 1, 65535))),
           dim3(row_threads, block_rows), row_threads * block_rows * sizeof(Accumulate<T>), stream},
          column_sums_kernel<T>, workspace, gates, N, width);
-  launch("finish_biases", flat(width, stream), finish_biases_kernel<T>, db_ih, db_hh, workspace, chunks,
-         slot_gates(cell), H, adds);
+  launch("finish_biases", flat(width, stream), finish_biases_kernel<T>, db_ih, db_hh, workspace, chunks, slot_gates(cell), H,
+         adds);
 }
 
 template <class T>
@@ -338,26 +333,24 @@ void add_checksum(unsigned long long* sum, const T* data, int64_t n, int64_t ind
 }
 
 template <class T>
-void add_checksum(unsigned long long* sum, const Strided<const T>& a, int64_t width, const Packing& p,
-                  cudaStream_t stream) {
+void add_checksum(unsigned long long* sum, const Strided<const T>& a, int64_t width, const Packing& p, cudaStream_t stream) {
   if (p.T_ * p.B * width == 0) return;
   Launch how = over_rows(p.T_ * p.B, stream);
   how.grid.x = std::min(how.grid.x, 4096u);  // each warp adds once
   launch("checksum_rows", how, checksum_rows_kernel<T>, sum, a, width, p);
 }
 
-#define FUSEDRNN_INSTANTIATE(T)                                                                              \
-  template void gather(T*, int64_t, const Strided<const T>&, int64_t, const Packing&, cudaStream_t);         \
-  template void scatter(const Strided<T>&, const T*, int64_t, int64_t, bool, const Packing&, cudaStream_t);  \
-  template void dropout(const T*, T*, int64_t, int64_t, double, uint64_t, const Packing&, cudaStream_t);     \
-  template void pass_states(T*, const T*, int64_t, int64_t, const Packing&, cudaStream_t);                   \
-  template void add_to(T*, const T*, int64_t, cudaStream_t);                                                 \
-  template void previous_states(T*, const ForwardArgs<T>&, int64_t, cudaStream_t);                           \
-  template void slot_biases<T>(Accumulate<T>*, const T*, const T*, const CellInfo&, int64_t, cudaStream_t);  \
-  template void transpose_weights(T*, const T*, const CellInfo&, Span, int64_t, cudaStream_t);               \
-  template void bias_gradients<T>(T*, T*, const T*, Accumulate<T>*, int64_t, const CellInfo&, int64_t, bool, \
-                                  cudaStream_t);                                                             \
-  template void add_checksum(unsigned long long*, const T*, int64_t, int64_t, cudaStream_t);                 \
+#define FUSEDRNN_INSTANTIATE(T)                                                                                             \
+  template void gather(T*, int64_t, const Strided<const T>&, int64_t, const Packing&, cudaStream_t);                        \
+  template void scatter(const Strided<T>&, const T*, int64_t, int64_t, bool, const Packing&, cudaStream_t);                 \
+  template void dropout(const T*, T*, int64_t, int64_t, double, uint64_t, const Packing&, cudaStream_t);                    \
+  template void pass_states(T*, const T*, int64_t, int64_t, const Packing&, cudaStream_t);                                  \
+  template void add_to(T*, const T*, int64_t, cudaStream_t);                                                                \
+  template void previous_states(T*, const ForwardArgs<T>&, int64_t, cudaStream_t);                                          \
+  template void slot_biases<T>(Accumulate<T>*, const T*, const T*, const CellInfo&, int64_t, cudaStream_t);                 \
+  template void transpose_weights(T*, const T*, const CellInfo&, Span, int64_t, cudaStream_t);                              \
+  template void bias_gradients<T>(T*, T*, const T*, Accumulate<T>*, int64_t, const CellInfo&, int64_t, bool, cudaStream_t); \
+  template void add_checksum(unsigned long long*, const T*, int64_t, int64_t, cudaStream_t);                                \
   template void add_checksum(unsigned long long*, const Strided<const T>&, int64_t, const Packing&, cudaStream_t);
 FUSEDRNN_INSTANTIATE(float)
 FUSEDRNN_INSTANTIATE(double)

@@ -37,8 +37,7 @@ void upload(To* to, const std::vector<int64_t>& values, cudaStream_t stream);
 // packed (N, width) rows, `packed_row` elements apart, from the caller's array, or to it: then `adds` to what it holds,
 // or else zeros where a sequence has ended.
 template <class T>
-void gather(T* packed, int64_t packed_row, const Strided<const T>& a, int64_t width, const Packing& p,
-            cudaStream_t stream);
+void gather(T* packed, int64_t packed_row, const Strided<const T>& a, int64_t width, const Packing& p, cudaStream_t stream);
 template <class T>
 void scatter(const Strided<T>& a, const T* packed, int64_t packed_row, int64_t width, bool adds, const Packing& p,
              cudaStream_t stream);
@@ -69,15 +68,14 @@ void transpose_weights(T* to, const T* w_hh, const CellInfo& cell, Span span, in
 // Gradients of the biases from those of the slots, (N, slots, H): sums over rows, always in the same order.
 int64_t bias_gradients_rows(int64_t N);  // of the workspace (.., slots, H)
 template <class T>
-void bias_gradients(T* db_ih, T* db_hh, const T* gates, Accumulate<T>* workspace, int64_t N, const CellInfo& cell,
-                    int64_t H, bool adds, cudaStream_t stream);
+void bias_gradients(T* db_ih, T* db_hh, const T* gates, Accumulate<T>* workspace, int64_t N, const CellInfo& cell, int64_t H,
+                    bool adds, cudaStream_t stream);
 
 // *sum += the checksum of n elements, numbered from `index`; of the caller's x, padding left out. It finds changes, not
 // adversaries; sums of integers, so that the order does not matter.
 template <class T>
 void add_checksum(unsigned long long* sum, const T* data, int64_t n, int64_t index, cudaStream_t stream);
 template <class T>
-void add_checksum(unsigned long long* sum, const Strided<const T>& a, int64_t width, const Packing& p,
-                  cudaStream_t stream);
+void add_checksum(unsigned long long* sum, const Strided<const T>& a, int64_t width, const Packing& p, cudaStream_t stream);
 
 }  // namespace fusedrnn::cuda

@@ -21,8 +21,8 @@ Machine ask(int device) {
   m.major = get(cudaDevAttrComputeCapabilityMajor), m.minor = get(cudaDevAttrComputeCapabilityMinor);
   if (m.major < 8)
     throw Error(cudaErrorNotSupported, "fusedrnn needs a GPU of compute capability 8.0 or newer; device " +
-                                           std::to_string(device) + ", " + m.name + ", has " + std::to_string(m.major) +
-                                           "." + std::to_string(m.minor));
+                                           std::to_string(device) + ", " + m.name + ", has " + std::to_string(m.major) + "." +
+                                           std::to_string(m.minor));
   m.processors = get(cudaDevAttrMultiProcessorCount);
   m.shared_per_block = get(cudaDevAttrMaxSharedMemoryPerBlockOptin);
   m.shared_per_processor = get(cudaDevAttrMaxSharedMemoryPerMultiprocessor);

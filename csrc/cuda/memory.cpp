@@ -54,8 +54,7 @@ OnDevice::~OnDevice() { cudaSetDevice(before_); }
 void Arena::place(void** pointer, std::initializer_list<int64_t> sizes, size_t element) {
   const size_t bytes = checked_product(sizes) * element;
   places_.push_back({pointer, total_});
-  total_ +=
-      (bytes + alignment - 1) / alignment * alignment + (bytes == 0 ? alignment : 0);  // an empty array has an address
+  total_ += (bytes + alignment - 1) / alignment * alignment + (bytes == 0 ? alignment : 0);  // an empty array has an address
 }
 
 void Arena::allocate(int device, CUstream_st* stream) {
@@ -68,8 +67,7 @@ void Arena::allocate(int device, CUstream_st* stream) {
     cudaGetLastError();
     cudaMemGetInfo(&free, &all);
     throw OutOfMemory(code, "CUDA: out of memory on device " + std::to_string(device) + ": " + std::to_string(total_) +
-                                " bytes were asked for, " + std::to_string(free) + " of " + std::to_string(all) +
-                                " are free");
+                                " bytes were asked for, " + std::to_string(free) + " of " + std::to_string(all) + " are free");
   }
   check(code, "cudaMallocFromPoolAsync");
   data_ = data;

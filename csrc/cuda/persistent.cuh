@@ -80,8 +80,7 @@ struct FloatProduct {
 #pragma unroll
       for (int j = 0; j < n; ++j)
 #pragma unroll
-        for (int r = 0; r < 4; ++r)
-          d[r][j] = fmaf(as_float(a[r].w[i]), as_float((r < 2 ? low : high).of[j].w[i]), d[r][j]);
+        for (int r = 0; r < 4; ++r) d[r][j] = fmaf(as_float(a[r].w[i]), as_float((r < 2 ? low : high).of[j].w[i]), d[r][j]);
   }
   // Each time two lanes halve what they hold: one keeps the lower sequences, one the upper. Of one sequence, both keep
   // it. Either way a sum is (q0 + q2) + (q1 + q3).
@@ -146,8 +145,7 @@ struct ClusterExchange {
   }
   // Several lanes may hold the same words: this one is number `first` of `stride`.
   __device__ __forceinline__ void give(int q, int k, int buffer, int at, Words words, int first, int stride) const {
-    for (int rank = first; rank < plan.blocks; rank += stride)
-      send(operand(q, k, buffer) + at, words, rank, barrier(q, k));
+    for (int rank = first; rank < plan.blocks; rank += stride) send(operand(q, k, buffer) + at, words, rank, barrier(q, k));
   }
   __device__ __forceinline__ void given(int, int) const {}
 #endif
@@ -199,8 +197,7 @@ struct GridExchange {
 template <class Cell>
 constexpr int most_operand_slots(bool backward) {
   int most = 1;
-  for (int q = 0; backward && q < Cell::phases; ++q)
-    most = Cell::recurrent[q].count > most ? Cell::recurrent[q].count : most;
+  for (int q = 0; backward && q < Cell::phases; ++q) most = Cell::recurrent[q].count > most ? Cell::recurrent[q].count : most;
   return most;
 }
 template <class Cell>
@@ -250,8 +247,7 @@ struct Persistent {
   Held<0> held0;
   Held<phases - 1> held1;
 
-  __device__ __forceinline__ Persistent(const PersistentPlan& plan, const Args& a, const ForwardArgs<T>& f,
-                                        Hands exchange)
+  __device__ __forceinline__ Persistent(const PersistentPlan& plan, const Args& a, const ForwardArgs<T>& f, Hands exchange)
       : plan(plan), a(a), f(f), exchange(exchange) {
 #pragma unroll
     for (int p = 0; p < pairs; ++p) {
@@ -341,8 +337,7 @@ struct Persistent {
     const int row = warp % plan.stage[q].row_warps * row_tile / fold + g;
     const auto load = [&](int i, int r) {
       const int at = fold == 2 ? 2 * i + r / 2 : i;
-      return at < n ? weights<q>(row + 8 * (fold == 2 ? r % 2 : r), (first + at) * chunk + quarter * vector)
-                    : no_words();
+      return at < n ? weights<q>(row + 8 * (fold == 2 ? r % 2 : r), (first + at) * chunk + quarter * vector) : no_words();
     };
 #pragma unroll
     for (int i = 0; i < in_registers<q>; ++i)
@@ -361,10 +356,8 @@ struct Persistent {
     const Stage& s = plan.stage[q];
     int first;
     const int n = chunks<q>(first);
-    const T* operand =
-        reinterpret_cast<const T*>(exchange.operand(q, k, buffer<q>())) + first * chunk + quarter * vector;
-    float* to =
-        tile() + warp / s.row_warps * plan.tile_columns() * plan.tile_rows + warp % s.row_warps * (row_tile / fold);
+    const T* operand = reinterpret_cast<const T*>(exchange.operand(q, k, buffer<q>())) + first * chunk + quarter * vector;
+    float* to = tile() + warp / s.row_warps * plan.tile_columns() * plan.tile_rows + warp % s.row_warps * (row_tile / fold);
     if (n == 0 && warp >= s.row_warps * s.depth_warps) return;
     constexpr int columns = Product<Number>::columns;
     for (int c = 0; c < width; c += columns, operand += columns * s.stride, to += columns * plan.tile_rows) {
@@ -434,8 +427,7 @@ struct Persistent {
   __device__ __forceinline__ void add_sums(int p, V* to) const {
     const float* at = tile() + pair[p].at;
     const int next = plan.tile_columns() * plan.tile_rows, n = plan.stage[q].depth_warps;
-    constexpr int together =
-        count == 1 ? persistent_warps : 2;  // as many loads as fill the time until the first is there
+    constexpr int together = count == 1 ? persistent_warps : 2;  // as many loads as fill the time until the first is there
     float total[count] = {};
     for (int d = 0; d < n; d += together, at += together * next) {
       float part[together][count];
@@ -594,8 +586,7 @@ struct Persistent {
         f.y[at[p] * f.y_row + unit] = narrow<T>(state[p][0].r);
         if (f.saved)
 #pragma unroll
-          for (int i = 0; i < Cell::saved; ++i)
-            f.saved[(at[p] * Cell::saved + i) * f.H + unit] = narrow<T>(save[p][i].r);
+          for (int i = 0; i < Cell::saved; ++i) f.saved[(at[p] * Cell::saved + i) * f.H + unit] = narrow<T>(save[p][i].r);
         if (s + 1 == pair[p].length)
 #pragma unroll
           for (int i = 0; i < Cell::states; ++i) f.final_state[i][state_at(p)] = narrow<T>(state[p][i].r);
@@ -685,8 +676,7 @@ struct Persistent {
       for (int p = 0; p < pairs; ++p) {
         if (!ran[p]) continue;
 #pragma unroll
-        for (int i = 0; i < Cell::slots; ++i)
-          a.gates[(at[p] * Cell::slots + i) * f.H + pair[p].unit] = narrow<T>(slot[p][i].r);
+        for (int i = 0; i < Cell::slots; ++i) a.gates[(at[p] * Cell::slots + i) * f.H + pair[p].unit] = narrow<T>(slot[p][i].r);
       }
     } else {
       backward_stage<q + 1>(s);
@@ -724,8 +714,8 @@ bool launch_persistent(const PersistentPlan& plan, const Args& args, void* works
   if (grid) FUSEDRNN_CUDA(cudaMemsetAsync(workspace, 0, size_t(plan.workspace_bytes()), stream));
   const cudaError_t code = try_launch(
       name, how,
-      grid ? persistent_kernel<T, Cell, backward, GridExchange> : persistent_kernel<T, Cell, backward, ClusterExchange>,
-      plan, args, static_cast<unsigned char*>(workspace));
+      grid ? persistent_kernel<T, Cell, backward, GridExchange> : persistent_kernel<T, Cell, backward, ClusterExchange>, plan,
+      args, static_cast<unsigned char*>(workspace));
   if (is_refusal(code)) return cudaGetLastError(), false;
   check(code, name);
   return true;

@@ -45,9 +45,7 @@ struct Stage {
   int operand, handed;  // bytes: where it lies in shared memory; of a grid, in the slice's workspace. Two buffers,
                         // but one in the shared memory of a grid's blocks, which fetch it
   int weights;          // bytes: in shared memory
-  FUSEDRNN_HD_INLINE int operand_bytes(int columns, int size) const {
-    return columns * stride * size;
-  }  // of one buffer
+  FUSEDRNN_HD_INLINE int operand_bytes(int columns, int size) const { return columns * stride * size; }  // of one buffer
 };
 
 struct PersistentPlan {
@@ -80,7 +78,7 @@ template <class T>
 [[nodiscard]] bool persistent_forward(int cell, const PersistentPlan& plan, const ForwardArgs<T>& args, void* workspace,
                                       CUstream_st* stream);
 template <class T>
-[[nodiscard]] bool persistent_backward(int cell, const PersistentPlan& plan, const BackwardArgs<T>& args,
-                                       void* workspace, CUstream_st* stream);
+[[nodiscard]] bool persistent_backward(int cell, const PersistentPlan& plan, const BackwardArgs<T>& args, void* workspace,
+                                       CUstream_st* stream);
 
 }  // namespace fusedrnn::cuda

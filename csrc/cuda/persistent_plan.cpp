@@ -119,11 +119,9 @@ PersistentPlan persistent_plan(const CellInfo& cell, int size, bool backward, in
   if (batch <= 0) return refuse("the batch is empty");
   bool any = machine.cooperative > 0;
   for (int clusters : machine.clusters) any = any || clusters > 0;
-  PersistentPlan best =
-      refuse(any ? "W_hh does not fit on chip" : "the driver launches neither clusters nor resident grids");
+  PersistentPlan best = refuse(any ? "W_hh does not fit on chip" : "the driver launches neither clusters nor resident grids");
   const auto consider = [&](Exchange exchange, int blocks, int columns) {
-    const PersistentPlan p =
-        persistent_plan(cell, size, backward, H, batch, tf32, machine, at_once, exchange, blocks, columns);
+    const PersistentPlan p = persistent_plan(cell, size, backward, H, batch, tf32, machine, at_once, exchange, blocks, columns);
     if (!p.reason && (best.reason || p.estimated_us < best.estimated_us)) best = p;
   };
   for (int blocks = 1; blocks <= machine.max_cluster; blocks *= 2)

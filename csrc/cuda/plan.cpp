@@ -23,14 +23,13 @@ int64_t chunk_steps(int64_t steps, int64_t bytes_per_step) {
 void set_path_override(int path) { forced = path; }
 int path_override() { return forced; }
 
-LayerPlan layer_plan(const CellInfo& cell, DType dtype, bool backward, int64_t H, int64_t batch, int64_t rows,
-                     bool tf32, int at_once, const Machine& machine) {
+LayerPlan layer_plan(const CellInfo& cell, DType dtype, bool backward, int64_t H, int64_t batch, int64_t rows, bool tf32,
+                     int at_once, const Machine& machine) {
   const auto steps = [](std::string why) { return LayerPlan{Path::per_step, {}, std::move(why)}; };
   if (forced == int(Path::per_step)) return steps("asked for");
   if (dtype == DType::float64) return steps("float64 is for checks");
   if (rows > std::numeric_limits<int>::max()) return steps("more rows than an int counts");
-  const PersistentPlan plan =
-      persistent_plan(cell, int(size_of(dtype)), backward, int(H), batch, tf32, machine, at_once);
+  const PersistentPlan plan = persistent_plan(cell, int(size_of(dtype)), backward, int(H), batch, tf32, machine, at_once);
   if (plan.reason) return steps(plan.reason);
   return {Path::persistent, plan, "W_hh fits on chip"};
 }
@@ -40,8 +39,7 @@ std::string describe(const LayerPlan& plan) {
   const PersistentPlan& p = plan.persistent;
   return std::string("persistent, ") + std::to_string(p.slices) + " x " + std::to_string(p.blocks) + " blocks, each " +
          std::to_string(p.units) + " units of " + std::to_string(p.columns) + " sequences, " +
-         (p.exchange == Exchange::cluster ? "h through clusters" : "h through the second cache level") + ": " +
-         plan.reason;
+         (p.exchange == Exchange::cluster ? "h through clusters" : "h through the second cache level") + ": " + plan.reason;
 }
 
 }  // namespace fusedrnn::cuda

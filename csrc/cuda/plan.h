@@ -18,8 +18,8 @@ struct LayerPlan {
 };
 
 // at_once: how many such layers run side by side, in streams of their own.
-LayerPlan layer_plan(const CellInfo& cell, DType dtype, bool backward, int64_t H, int64_t batch, int64_t rows,
-                     bool tf32, int at_once, const Machine& machine);
+LayerPlan layer_plan(const CellInfo& cell, DType dtype, bool backward, int64_t H, int64_t batch, int64_t rows, bool tf32,
+                     int at_once, const Machine& machine);
 
 std::string describe(const LayerPlan& plan);
 

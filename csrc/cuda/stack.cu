@@ -20,17 +20,8 @@ namespace fusedrnn::cuda {
 class Tape {
  public:
   Tape(const StackForward& call)
-      : spec(call.spec),
-        dtype(call.dtype),
-        device(call.device),
-        stream(call.stream),
-        T_(call.T_),
-        B(call.B),
-        order(call.T_, call.B, call.lengths),
-        saved(spec.count()),
-        operand(spec.count()),
-        y(spec.L),
-        dropout(call.dropout),
+      : spec(call.spec), dtype(call.dtype), device(call.device), stream(call.stream), T_(call.T_), B(call.B),
+        order(call.T_, call.B, call.lengths), saved(spec.count()), operand(spec.count()), y(spec.L), dropout(call.dropout),
         seed(call.seed) {}
   Spec spec;
   DType dtype;
@@ -162,18 +153,8 @@ struct Work {
 
   Work(const Spec& spec, Options options, int device, cudaStream_t stream, int64_t T_, const Order& order,
        const DeviceOrder& device_order, bool uniform)
-      : spec(spec),
-        cell(spec.info()),
-        options(options),
-        device(device),
-        stream(stream),
-        T_(T_),
-        B(int64_t(order.from.size())),
-        N(order.rows()),
-        H(spec.H),
-        width(spec.D * spec.H),
-        order(device_order),
-        packed(uniform) {}
+      : spec(spec), cell(spec.info()), options(options), device(device), stream(stream), T_(T_), B(int64_t(order.from.size())),
+        N(order.rows()), H(spec.H), width(spec.D * spec.H), order(device_order), packed(uniform) {}
 
   Packing packing() const { return order.packing(T_, B); }
 
@@ -193,10 +174,10 @@ struct Work {
     gather<T>(room, columns, strided<const T>(a), columns, packing(), stream);
     return room;
   }
-  void product(DType result, int64_t m, int64_t n, int64_t k, const void* a, int64_t lda, bool a_transposed,
-               const void* b, int64_t ldb, bool b_transposed, void* c, int64_t ldc, bool adds, cudaStream_t on) const {
-    multiply({dtype_of<T>, result, m, n, k, a, lda, a_transposed, b, ldb, b_transposed, c, ldc, adds, options.tf32},
-             device, on);
+  void product(DType result, int64_t m, int64_t n, int64_t k, const void* a, int64_t lda, bool a_transposed, const void* b,
+               int64_t ldb, bool b_transposed, void* c, int64_t ldc, bool adds, cudaStream_t on) const {
+    multiply({dtype_of<T>, result, m, n, k, a, lda, a_transposed, b, ldb, b_transposed, c, ldc, adds, options.tf32}, device,
+             on);
   }
   // input (rows, input.count, H) = x (rows, I) W_ih^T
   void project_input(S* input, const T* x, int64_t rows, const T* w_ih, int64_t I, cudaStream_t on) const {
@@ -205,17 +186,16 @@ struct Work {
               input + (r.slot - cell.input.first) * H, cell.input.count * H, false, on);
   }
   // dw (gates*H, K) of the slots of a span: their gradients (N, slots, H), transposed, times operands (N, K)
-  void weight_gradient(T* dw, Span span, const T* gates, const T* operand, int64_t K, bool adds,
-                       cudaStream_t on) const {
+  void weight_gradient(T* dw, Span span, const T* gates, const T* operand, int64_t K, bool adds, cudaStream_t on) const {
     for (const Run& r : runs_of(cell, span))
-      product(dtype_of<T>, r.count * H, K, N, gates + r.slot * H, cell.slots * H, true, operand, K, false,
-              dw + r.gate * H * K, K, adds, on);
+      product(dtype_of<T>, r.count * H, K, N, gates + r.slot * H, cell.slots * H, true, operand, K, false, dw + r.gate * H * K,
+              K, adds, on);
   }
   // dx (N, I), or dx + .., from the gradients of the slots that x feeds
   void input_gradient(T* dx, const T* gates, const T* w_ih, int64_t I, bool adds) const {
     for (const Run& r : runs_of(cell, cell.input)) {
-      product(dtype_of<T>, N, I, r.count * H, gates + r.slot * H, cell.slots * H, false, w_ih + r.gate * H * I, I,
-              false, dx, I, adds, stream);
+      product(dtype_of<T>, N, I, r.count * H, gates + r.slot * H, cell.slots * H, false, w_ih + r.gate * H * I, I, false, dx, I,
+              adds, stream);
       adds = true;
     }
   }
@@ -225,8 +205,7 @@ struct Work {
       const LayerPlan plan = layer_plan(cell, dtype_of<T>, backward, H, B, N, options.tf32, spec.D, machine_of(device));
       if (traces())
         fprintf(stderr, "fusedrnn: %s %s on cuda:%d: T=%lld B=%lld H=%lld %s: %s\n", backward ? "backward" : "forward",
-                cell.name, device, (long long)T_, (long long)B, (long long)H, name_of(dtype_of<T>),
-                describe(plan).c_str());
+                cell.name, device, (long long)T_, (long long)B, (long long)H, name_of(dtype_of<T>), describe(plan).c_str());
       if (plan.path == Path::per_step) return run_steps<T>(spec.cell, args, options.tf32, device, on);
       if (run_persistent(plan.persistent, args, on)) return;
       set_refused(device, plan.persistent.exchange == Exchange::grid ? 0 : plan.persistent.blocks);
@@ -307,8 +286,7 @@ void forward(const StackForward& call, Tape* tape) {
   for (int d = 0; d < D; ++d) {
     // In packed order the rows of a range of steps lie side by side, unless they end at different times and go
     // backward.
-    own[d].chunk =
-        spec.backward_in_time(d) && !uniform ? steps : chunk_steps(steps, B * cell.input.count * H * sizeof(S));
+    own[d].chunk = spec.backward_in_time(d) && !uniform ? steps : chunk_steps(steps, B * cell.input.count * H * sizeof(S));
     arena.want(&own[d].input, {std::min(N, own[d].chunk * B), cell.input.count, H});
     arena.want(&own[d].bias, {cell.slots, H});
     if (cell.states > 1) arena.want(&own[d].carry, {B, H});
@@ -335,8 +313,8 @@ void forward(const StackForward& call, Tape* tape) {
   if (B == 0) return;
   for (int64_t i = 0; i < spec.count(); ++i)  // those of sequences that never run
     for (int s = 0; s < cell.states; ++s)
-      pass_states<T>(at<T>(call.final_state[s], i * B * H), at<T>(call.state[s], i * B * H), H, order.active[0],
-                     w.packing(), call.stream);
+      pass_states<T>(at<T>(call.final_state[s], i * B * H), at<T>(call.state[s], i * B * H), H, order.active[0], w.packing(),
+                     call.stream);
 
   if (steps > 0) {
     Fork fork(call.device, call.stream, spec.D);
@@ -362,8 +340,7 @@ void forward(const StackForward& call, Tape* tape) {
         a.y = y[l] + d * H, a.y_row = width;
         a.saved = tape ? saved[i] : nullptr;
         a.operand = tape ? operand[i] : own[d].operand;
-        slot_biases<T>(own[d].bias, static_cast<const T*>(weights.b_ih), static_cast<const T*>(weights.b_hh), cell, H,
-                       on);
+        slot_biases<T>(own[d].bias, static_cast<const T*>(weights.b_ih), static_cast<const T*>(weights.b_hh), cell, H, on);
         for (a.begin = 0; a.begin < steps; a.begin = a.end) {
           a.end = int(std::min(a.begin + own[d].chunk, steps));
           const bool back = a.schedule.backward_in_time;
@@ -427,8 +404,7 @@ void backward(const StackBackward& call) {
   if (B == 0) return;
 
   Arena arena;
-  T *dy_room = nullptr, *x_room = nullptr, *dx_room = nullptr, *between[2] = {}, *masked = nullptr,
-    *dstate[max_states] = {};
+  T *dy_room = nullptr, *x_room = nullptr, *dx_room = nullptr, *between[2] = {}, *masked = nullptr, *dstate[max_states] = {};
   struct PerDirection {
     T *gates, *previous, *w_hh_t[max_phases];
     S *carry[max_states], *sums;
@@ -499,12 +475,11 @@ void backward(const StackBackward& call) {
         const Weights& g = call.dweights[i];
         previous_states<T>(own[d].previous, f, T_, on);
         for (int p = 0; p < cell.phases; ++p)
-          w.weight_gradient(static_cast<T*>(g.w_hh), cell.recurrent[p], a.gates, p == 0 ? own[d].previous : f.operand,
-                            H, call.adds, on);
+          w.weight_gradient(static_cast<T*>(g.w_hh), cell.recurrent[p], a.gates, p == 0 ? own[d].previous : f.operand, H,
+                            call.adds, on);
         w.weight_gradient(static_cast<T*>(g.w_ih), cell.input, a.gates, x, I, call.adds, on);
         if (spec.bias)
-          bias_gradients<T>(static_cast<T*>(g.b_ih), static_cast<T*>(g.b_hh), a.gates, own[d].sums, N, cell, H,
-                            call.adds, on);
+          bias_gradients<T>(static_cast<T*>(g.b_ih), static_cast<T*>(g.b_hh), a.gates, own[d].sums, N, cell, H, call.adds, on);
       }
       fork.join();
       if (l == 0 && !call.dx.data) break;
@@ -519,8 +494,7 @@ void backward(const StackBackward& call) {
   if (call.dx.data && (!dx_packed || steps == 0))
     scatter<T>(Work<T>::template strided<T>(call.dx), dx_room, spec.I, spec.I, call.adds, w.packing(), call.stream);
   for (int s = 0; s < cell.states; ++s)
-    if (call.dstate[s] && call.adds)
-      add_to<T>(static_cast<T*>(call.dstate[s]), dstate[s], spec.count() * B * H, call.stream);
+    if (call.dstate[s] && call.adds) add_to<T>(static_cast<T*>(call.dstate[s]), dstate[s], spec.count() * B * H, call.stream);
 }
 
 void require_no_capture(Stream stream) {

@@ -7,9 +7,7 @@
 
 namespace fusedrnn::cuda {
 
-FUSEDRNN_HD_INLINE constexpr bool within(Span span, int slot) {
-  return slot >= span.first && slot < span.first + span.count;
-}
+FUSEDRNN_HD_INLINE constexpr bool within(Span span, int slot) { return slot >= span.first && slot < span.first + span.count; }
 
 // A cell's slot_gate as a value, which device code may index where a member of the class is not there.
 struct Gates {
@@ -58,47 +56,50 @@ __global__ void __launch_bounds__(product_threads, 1) forward_step(const Call<Fo
     return u < H ? a.w_hh + (int64_t(gates.of[span.first + i]) * H + u) * H : nullptr;
   };
   const int most = 16 * product_tiles<Number>;
-  product<T, Number, span.count>(
-      operand_row, weight_row, H, rows < most ? rows : most, [&](int row, int unit, const auto& sum) {
-        const int j = first + row, u = u0 + unit;
-        if (u >= H) return;
-        const int64_t at = a.schedule.row(s, j);
-        [[maybe_unused]] const int64_t state_at = int64_t(a.schedule.from[j]) * H + u;
-        [[maybe_unused]] const bool last = j >= a.schedule.active[s + 1];
-        V slot[Cell::slots], state[Cell::states], save[Cell::saved + 1], op;
+  product<T, Number, span.count>(operand_row, weight_row, H, rows < most ? rows : most,
+                                 [&](int row, int unit, const auto& sum) {
+                                   const int j = first + row, u = u0 + unit;
+                                   if (u >= H) return;
+                                   const int64_t at = a.schedule.row(s, j);
+                                   [[maybe_unused]] const int64_t state_at = int64_t(a.schedule.from[j]) * H + u;
+                                   [[maybe_unused]] const bool last = j >= a.schedule.active[s + 1];
+                                   V slot[Cell::slots], state[Cell::states], save[Cell::saved + 1], op;
 #pragma unroll
-        for (int i = 0; i < Cell::slots; ++i) {
-          Accumulate<T> v;
-          if constexpr (p > 0) {
-            v = a.slots[(int64_t(j) * Cell::slots + i) * H + u];
-          } else {
-            v = a.bias[i * H + u];
-            if (within(Cell::input, i)) v += a.input[(at * Cell::input.count + i - Cell::input.first) * H + u];
-          }
-          if (within(span, i)) v += sum[i - span.first];
-          slot[i] = V(v);
-        }
-        state[0] = value_at<V>(h_before(a, s, j), u);
-        if constexpr (Cell::states > 1)
-          state[1] = s == 0 ? value_at<V>(a.state[1], state_at) : V(a.carry[int64_t(j) * H + u]);
-        Cell::template forward<p>(slot, state, save, &op);
-        if constexpr (p + 1 < Cell::phases) {
+                                   for (int i = 0; i < Cell::slots; ++i) {
+                                     Accumulate<T> v;
+                                     if constexpr (p > 0) {
+                                       v = a.slots[(int64_t(j) * Cell::slots + i) * H + u];
+                                     } else {
+                                       v = a.bias[i * H + u];
+                                       if (within(Cell::input, i))
+                                         v += a.input[(at * Cell::input.count + i - Cell::input.first) * H + u];
+                                     }
+                                     if (within(span, i)) v += sum[i - span.first];
+                                     slot[i] = V(v);
+                                   }
+                                   state[0] = value_at<V>(h_before(a, s, j), u);
+                                   if constexpr (Cell::states > 1)
+                                     state[1] = s == 0 ? value_at<V>(a.state[1], state_at) : V(a.carry[int64_t(j) * H + u]);
+                                   Cell::template forward<p>(slot, state, save, &op);
+                                   if constexpr (p + 1 < Cell::phases) {
 #pragma unroll
-          for (int i = 0; i < Cell::slots; ++i) a.slots[(int64_t(j) * Cell::slots + i) * H + u] = slot[i].r;
-          operand_of(a, s, j)[u] = narrow<T>(op.r);
-        } else {
-          const T h = narrow<T>(state[0].r);
-          a.y[at * a.y_row + u] = h;
-          if (last) a.final_state[0][state_at] = h;
-          if constexpr (Cell::states > 1) {
-            a.carry[int64_t(j) * H + u] = state[1].r;
-            if (last) a.final_state[1][state_at] = narrow<T>(state[1].r);
-          }
-          if (a.saved)
+                                     for (int i = 0; i < Cell::slots; ++i)
+                                       a.slots[(int64_t(j) * Cell::slots + i) * H + u] = slot[i].r;
+                                     operand_of(a, s, j)[u] = narrow<T>(op.r);
+                                   } else {
+                                     const T h = narrow<T>(state[0].r);
+                                     a.y[at * a.y_row + u] = h;
+                                     if (last) a.final_state[0][state_at] = h;
+                                     if constexpr (Cell::states > 1) {
+                                       a.carry[int64_t(j) * H + u] = state[1].r;
+                                       if (last) a.final_state[1][state_at] = narrow<T>(state[1].r);
+                                     }
+                                     if (a.saved)
 #pragma unroll
-            for (int i = 0; i < Cell::saved; ++i) a.saved[(at * Cell::saved + i) * H + u] = narrow<T>(save[i].r);
-        }
-      });
+                                       for (int i = 0; i < Cell::saved; ++i)
+                                         a.saved[(at * Cell::saved + i) * H + u] = narrow<T>(save[i].r);
+                                   }
+                                 });
 }
 
 // Phase q of backward at step s; s = -1 leaves what the initial states get.
@@ -149,12 +150,10 @@ __global__ void __launch_bounds__(product_threads, 1) backward_step(const Call<B
         for (int i = 0; i < Cell::saved; ++i) save[i] = V(widen(f.saved[(at * Cell::saved + i) * H + u]));
 #pragma unroll
         for (int i = 0; i < Cell::slots; ++i) slot[i] = q == 0 ? V(0) : V(widen(gates[i * H]));
-        Cell::template backward<q>(grad, slot, carry, save, V(widen(f.y[at * f.y_row + u])),
-                                   value_at<V>(h_before(f, s, j), u));
+        Cell::template backward<q>(grad, slot, carry, save, V(widen(f.y[at * f.y_row + u])), value_at<V>(h_before(f, s, j), u));
 #pragma unroll
         for (int i = 0; i < Cell::slots; ++i)
-          if (q == 0 || !within(span, i))
-            gates[i * H] = narrow<T>(slot[i].r);  // not those that other blocks still read
+          if (q == 0 || !within(span, i)) gates[i * H] = narrow<T>(slot[i].r);  // not those that other blocks still read
 #pragma unroll
         for (int i = 0; i < Cell::states; ++i) a.carry[i][carry_at] = carry[i].r;
       });

@@ -26,9 +26,9 @@ struct Shape {
   Spec spec() const { return {cell, I, H, L, D, bias, reverse}; }
   std::string name() const {
     char text[160];
-    snprintf(text, sizeof text, "%s T=%d B=%d I=%d H=%d L=%d D=%d%s%s%s%s%s", cells[cell].name, int(T), int(B), int(I),
-             int(H), int(L), D, bias ? "" : " no bias", reverse ? " reverse" : "", lengths ? " lengths" : "",
-             state ? "" : " no state", dropout > 0 ? " dropout" : "");
+    snprintf(text, sizeof text, "%s T=%d B=%d I=%d H=%d L=%d D=%d%s%s%s%s%s", cells[cell].name, int(T), int(B), int(I), int(H),
+             int(L), D, bias ? "" : " no bias", reverse ? " reverse" : "", lengths ? " lengths" : "", state ? "" : " no state",
+             dropout > 0 ? " dropout" : "");
     return text;
   }
 };
@@ -165,8 +165,7 @@ void keeping_inputs(const Problem<T>& p, Work work) {
   const Problem<T> before = p;
   fusedrnn_counted(work);
   bool ok = same(p.x, before.x) && same(p.dy, before.dy) && p.lengths == before.lengths;
-  for (int i = 0; i < max_states; ++i)
-    ok = ok && same(p.state[i], before.state[i]) && same(p.dstate[i], before.dstate[i]);
+  for (int i = 0; i < max_states; ++i) ok = ok && same(p.state[i], before.state[i]) && same(p.dstate[i], before.dstate[i]);
   for (size_t i = 0; i < p.weights.size(); ++i) ok = ok && same(p.weights[i], before.weights[i]);
   check(ok, p.shape.name() + ": inputs are not written");
 }
@@ -174,8 +173,7 @@ void keeping_inputs(const Problem<T>& p, Work work) {
 template <class T>
 std::unique_ptr<Tape<T>> make_tape(const Problem<T>& p) {
   const Shape& s = p.shape;
-  return std::make_unique<Tape<T>>(s.spec(), s.T, s.B, s.lengths ? data_of(p.lengths) : nullptr, s.state, s.dropout,
-                                   p.seed);
+  return std::make_unique<Tape<T>>(s.spec(), s.T, s.B, s.lengths ? data_of(p.lengths) : nullptr, s.state, s.dropout, p.seed);
 }
 
 // y, h_n[, c_n]. A tape makes it a training pass; gap is the space between the rows of y.
@@ -250,8 +248,7 @@ template <class T>
 bool same_bits(const Arrays<T>& a, const Arrays<T>& b) {
   bool same = a.size() == b.size();
   for (size_t i = 0; same && i < a.size(); ++i)
-    same =
-        a[i].size() == b[i].size() && (a[i].empty() || memcmp(a[i].data(), b[i].data(), a[i].size() * sizeof(T)) == 0);
+    same = a[i].size() == b[i].size() && (a[i].empty() || memcmp(a[i].data(), b[i].data(), a[i].size() * sizeof(T)) == 0);
   return same;
 }
 

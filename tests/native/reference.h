@@ -9,8 +9,8 @@ namespace fusedrnn::tests {
 inline double reference_sigmoid(double x) { return 1 / (1 + exp(-x)); }
 
 // w (rows, n) times v, plus b where given.
-inline std::vector<double> affine(const std::vector<double>& w, const std::vector<double>* b, const double* v,
-                                  int64_t rows, int64_t n) {
+inline std::vector<double> affine(const std::vector<double>& w, const std::vector<double>* b, const double* v, int64_t rows,
+                                  int64_t n) {
   std::vector<double> out(rows);
   for (int64_t r = 0; r < rows; ++r) {
     out[r] = b ? (*b)[r] : 0;

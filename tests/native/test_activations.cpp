@@ -49,7 +49,9 @@ struct Sigmoid {
   static constexpr const char* name = "sigmoid";
   static constexpr bool odd = false;
   template <class V>
-  static V kernel(V x) { return sigmoid(x); }
+  static V kernel(V x) {
+    return sigmoid(x);
+  }
   static double exact(double x) {
     if (fabs(x) < 0x1p-10) return 0.5 + x * (0.25 - x * x / 48);  // the sweep's time is spent here
     if (x > 40) return 1;
@@ -63,7 +65,9 @@ struct Tanh {
   static constexpr const char* name = "tanh";
   static constexpr bool odd = true;
   template <class V>
-  static V kernel(V x) { return tanh(x); }
+  static V kernel(V x) {
+    return tanh(x);
+  }
   static double exact(double x) {
     if (fabs(x) < 0x1p-10) return x - x * x * x * (1.0 / 3 - x * x * (2.0 / 15));
     return fabs(x) > 20 ? ::copysign(1.0, x) : expm1(2 * x) / (expm1(2 * x) + 2);
@@ -147,8 +151,7 @@ template <class T>
 void report(const Errors<T>& errors, const char* type, const char* what, double limit) {
   char text[200];
   printf("%-15s %-8s %.4f ulp at %.17g (%a)\n", type, what, errors.worst, double(errors.where), double(errors.where));
-  snprintf(text, sizeof text, "%s is off by %.4f ulp at %a, more than %g", what, errors.worst, double(errors.where),
-           limit);
+  snprintf(text, sizeof text, "%s is off by %.4f ulp at %a, more than %g", what, errors.worst, double(errors.where), limit);
   check(errors.worst <= limit, type, text);
   snprintf(text, sizeof text, "%s is wrong at %llu points, the first %a", what, (unsigned long long)errors.faults,
            double(errors.fault));
@@ -177,10 +180,17 @@ void sample_double(const char* type, int count) {
   for (int k = 0; k < count; k += chunk) {
     for (int i = 0; i < chunk; ++i) {
       switch (i % 4) {
-        case 0: x[i] = random_unit() * 2; break;
-        case 1: x[i] = random_unit() * 40; break;
-        case 2: x[i] = random_unit() * 760; break;
-        default: x[i] = fabs(bits_as<double>(random_bits()));  // any exponent, Inf and NaN too
+        case 0:
+          x[i] = random_unit() * 2;
+          break;
+        case 1:
+          x[i] = random_unit() * 40;
+          break;
+        case 2:
+          x[i] = random_unit() * 760;
+          break;
+        default:
+          x[i] = fabs(bits_as<double>(random_bits()));  // any exponent, Inf and NaN too
       }
     }
     add_points<F, V, long double>(errors, x);
@@ -263,10 +273,10 @@ void operations(const char* type) {
   check(signbit(lane(V(T(-0.0)))) && signbit(lane(-V(T(0)))), type, "the sign of zero");
   const T nan = T(NAN);
   const V limit(T(1)), not_a_number(nan);
-  check(isnan(lane(min(limit, not_a_number))) && isnan(lane(max(limit, not_a_number))), type,
-        "min and max keep b's NaN");
+  check(isnan(lane(min(limit, not_a_number))) && isnan(lane(max(limit, not_a_number))), type, "min and max keep b's NaN");
   check(lane(select(not_a_number == not_a_number, limit, -limit)) == -1 &&
-            lane(select(not_a_number != not_a_number, limit, -limit)) == 1, type, "NaN compares unequal");
+            lane(select(not_a_number != not_a_number, limit, -limit)) == 1,
+        type, "NaN compares unequal");
   const T eps = sizeof(T) == 4 ? T(FLT_EPSILON) : T(DBL_EPSILON);
   const T residue = lane(fma(V(1 + eps), V(1 - eps), V(T(-1))));
   check(residue == (V::has_fma ? -eps * eps : 0), type, "fma rounds once where has_fma says so");

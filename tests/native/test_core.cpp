@@ -20,8 +20,7 @@ double norm(const std::vector<double>& v) {
 
 // ||got - want|| is within the rounding of sums of `terms` products; NaN never is.
 template <class T>
-void close(const std::vector<T>& got, const std::vector<double>& want, double terms, bool backward,
-           const std::string& what) {
+void close(const std::vector<T>& got, const std::vector<double>& want, double terms, bool backward, const std::string& what) {
   std::vector<double> error(want.size());
   size_t worst = 0;
   for (size_t i = 0; i < want.size(); ++i) {
@@ -32,14 +31,12 @@ void close(const std::vector<T>& got, const std::vector<double>& want, double te
   const double bound = factor * double(std::numeric_limits<T>::epsilon()) * fmax(norm(want), sqrt(double(want.size())));
   char detail[160] = "";
   if (!(norm(error) <= bound))
-    snprintf(detail, sizeof detail, ": off by %.3g, bound %.3g; worst at %d of %d: got %.9g, want %.9g", norm(error),
-             bound, int(worst), int(want.size()), double(got[worst]), want[worst]);
+    snprintf(detail, sizeof detail, ": off by %.3g, bound %.3g; worst at %d of %d: got %.9g, want %.9g", norm(error), bound,
+             int(worst), int(want.size()), double(got[worst]), want[worst]);
   check(got.size() == want.size() && norm(error) <= bound, what + detail);
 }
 
-double terms_of(const Shape& s) {
-  return double(std::max<int64_t>(s.T * (s.H + std::max(s.I, s.D * s.H)) * s.L, s.T * s.B));
-}
+double terms_of(const Shape& s) { return double(std::max<int64_t>(s.T * (s.H + std::max(s.I, s.D * s.H)) * s.L, s.T * s.B)); }
 
 const char* type_name(float) { return " float"; }
 const char* type_name(double) { return " double"; }
@@ -82,17 +79,15 @@ void check_backward(const Shape& shape) {
     double dot = 0;
     for (size_t e = 0; e < direction.size(); ++e) direction[e] = random.normal(), dot += direction[e] * grads[n][e];
     const double slope = reference_slope(p, *array, direction), size = norm(grads[n]) * norm(direction);
-    check(fabs(slope - dot) <= 1e-7 * fmax(1, size),
-          shape.name() + ": gradient of " + input + " gives " + std::to_string(dot) +
-              " along a direction, finite differences " + std::to_string(slope));
+    check(fabs(slope - dot) <= 1e-7 * fmax(1, size), shape.name() + ": gradient of " + input + " gives " + std::to_string(dot) +
+                                                         " along a direction, finite differences " + std::to_string(slope));
     ++n;
   }
   const auto narrow_tape = make_tape(narrow);
   forward(narrow, narrow_tape.get());
   const Arrays<float> narrow_grads = backward(narrow, *narrow_tape);
   for (n = 0; n < grads.size(); ++n)
-    close(narrow_grads[n], grads[n], terms_of(shape), true,
-          shape.name() + ": float gradient of " + p.inputs()[n].first);
+    close(narrow_grads[n], grads[n], terms_of(shape), true, shape.name() + ": float gradient of " + p.inputs()[n].first);
 
   Arrays<double> into = grads, sum = grads;
   for (auto& a : into)
@@ -150,8 +145,7 @@ void check_variants(int cell) {
   Problem<double> p(ended);
   p.lengths = {0, 0};
   const auto tape = make_tape(p);
-  check(same_bits(forward(p, tape.get()), reference_forward(p, false)),
-        ended.name() + ": lengths of 0 pass states through");
+  check(same_bits(forward(p, tape.get()), reference_forward(p, false)), ended.name() + ": lengths of 0 pass states through");
   const Arrays<double> grads = backward(p, *tape);
   bool zero = true;
   for (size_t n = 0; n < grads.size(); ++n)
@@ -169,9 +163,9 @@ void check_plans(const Shape& shape) {
   set_plan_override({});
   const Arrays<T> inferred = forward(p), trained = train(p);
   for (int threads : {1, 2, 3})
-    for (const PlanOverride& plan : {PlanOverride{}, PlanOverride{1, 3, 1, 1}, PlanOverride{3, 1, 2, 20},
-                                     PlanOverride{2, 1, 3, 1 << 20}, PlanOverride{1, 2, 1 << 20, 40},
-                                     PlanOverride{1, 1, 1, 0, 0, 0, 1}, PlanOverride{1, 2, 1, 0, 0, 0, 2}}) {
+    for (const PlanOverride& plan :
+         {PlanOverride{}, PlanOverride{1, 3, 1, 1}, PlanOverride{3, 1, 2, 20}, PlanOverride{2, 1, 3, 1 << 20},
+          PlanOverride{1, 2, 1 << 20, 40}, PlanOverride{1, 1, 1, 0, 0, 0, 1}, PlanOverride{1, 2, 1, 0, 0, 0, 2}}) {
       set_local_threads(threads);
       set_plan_override(plan);
       char text[120];

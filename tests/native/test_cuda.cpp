@@ -27,9 +27,7 @@ double eps_of(cuda::DType t) {
                                      : 0x1p-7;
 }
 
-double terms_of(const Shape& s) {
-  return double(std::max<int64_t>(s.T * (s.H + std::max(s.I, s.D * s.H)) * s.L, s.T * s.B));
-}
+double terms_of(const Shape& s) { return double(std::max<int64_t>(s.T * (s.H + std::max(s.I, s.D * s.H)) * s.L, s.T * s.B)); }
 
 void close(const std::vector<double>& got, const std::vector<double>& want, double eps, double terms, bool backward,
            const std::string& what) {
@@ -43,8 +41,8 @@ void close(const std::vector<double>& got, const std::vector<double>& want, doub
   const double bound = factor * eps * fmax(norm(want), sqrt(double(want.size())));
   char detail[160] = "";
   if (!(norm(error) <= bound))
-    snprintf(detail, sizeof detail, ": off by %.3g, bound %.3g; worst at %d of %d: got %.9g, want %.9g", norm(error),
-             bound, int(worst), int(want.size()), got[worst], want[worst]);
+    snprintf(detail, sizeof detail, ": off by %.3g, bound %.3g; worst at %d of %d: got %.9g, want %.9g", norm(error), bound,
+             int(worst), int(want.size()), got[worst], want[worst]);
   check(got.size() == want.size() && norm(error) <= bound, what + detail);
 }
 
@@ -127,12 +125,7 @@ struct Session {
   bool intact = true;
 
   Session(Problem<double>& p, bool apart, bool tf32 = false)
-      : p(p),
-        s(p.shape),
-        apart(apart),
-        x(&p.x, s.T, s.B, s.I, apart),
-        dy(&p.dy, s.T, s.B, p.width(), apart),
-        tf32(tf32) {
+      : p(p), s(p.shape), apart(apart), x(&p.x, s.T, s.B, s.I, apart), dy(&p.dy, s.T, s.B, p.width(), apart), tf32(tf32) {
     for (auto& [name, array] : p.inputs())
       if (name != "x") arrays.emplace_back(name, OnCard<T>(*array));
     for (int i = 0; i < p.states(); ++i) dfinal.emplace_back(p.dstate[i]);
@@ -190,8 +183,8 @@ struct Session {
       if (s.state) call.dstate[i] = out[i].data();
     }
     for (size_t n = states(); n < out.size(); n += p.arrays())
-      call.dweights.push_back({out[n].data(), out[n + 1].data(), s.bias ? out[n + 2].data() : nullptr,
-                               s.bias ? out[n + 3].data() : nullptr});
+      call.dweights.push_back(
+          {out[n].data(), out[n + 1].data(), s.bias ? out[n + 2].data() : nullptr, s.bias ? out[n + 3].data() : nullptr});
     call.adds = into != nullptr;
     cuda::run_backward(call);
     Arrays<double> values{dx.values(&intact)};
@@ -212,8 +205,7 @@ Problem<double> rounded(const Shape& shape) {  // the problem as T holds it
 }
 
 std::string title(const Shape& s, cuda::DType t, bool apart) {
-  return s.name() + " " + cuda::name_of(t) + (apart ? " strided" : "") +
-         (cuda::path_override() == 0 ? " per step" : "");
+  return s.name() + " " + cuda::name_of(t) + (apart ? " strided" : "") + (cuda::path_override() == 0 ? " per step" : "");
 }
 
 // Gradients in double from the CPU's core, which test_core holds against finite differences.
@@ -258,15 +250,13 @@ void check_type(cuda::DType t, const Shape& shape, bool apart = false) {
   cuda::with_type(t, [&](auto v) { check_shape<decltype(v)>(shape, apart); });
 }
 
-constexpr cuda::DType types[] = {cuda::DType::float32, cuda::DType::float64, cuda::DType::float16,
-                                 cuda::DType::bfloat16};
+constexpr cuda::DType types[] = {cuda::DType::float32, cuda::DType::float64, cuda::DType::float16, cuda::DType::bfloat16};
 
 void check_cell(int cell) {
   for (cuda::DType t : types)
     for (int kind = 0; kind < 3; ++kind)  // forward, reverse, both
       for (bool lengths : {false, true}) {
-        Shape s{cell,     4,         3,       5,       lengths ? 9 : 17, kind == 2 ? 2 : 1, kind == 2 ? 2 : 1,
-                !lengths, kind == 1, lengths, !lengths};
+        Shape s{cell, 4, 3, 5, lengths ? 9 : 17, kind == 2 ? 2 : 1, kind == 2 ? 2 : 1, !lengths, kind == 1, lengths, !lengths};
         if (kind == 2 && lengths) s.dropout = 0.3, s.bias = s.state = true;
         check_type(t, s, kind == 1);
       }
@@ -282,8 +272,7 @@ void check_cell(int cell) {
   Problem<double> p = rounded<float>(ended);
   p.lengths = {0, 0};
   Session<float> session(p, false);
-  check(same_bits(session.forward(true), reference_forward(p, false)),
-        ended.name() + ": lengths of 0 pass states through");
+  check(same_bits(session.forward(true), reference_forward(p, false)), ended.name() + ": lengths of 0 pass states through");
   const Arrays<double> grads = session.backward();
   bool zero = true;
   for (size_t n = 0; n < grads.size(); ++n)

@@ -8,8 +8,8 @@
 #include <stdexcept>
 #include <thread>
 
-#include "cpu/dispatch.h"
 #include "cpu/denormals.h"
+#include "cpu/dispatch.h"
 #include "cpu/threads.h"
 #include "cpu/tuner.h"
 #include "problem.h"

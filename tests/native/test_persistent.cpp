@@ -50,8 +50,8 @@ struct Case {
   int blocks, columns;
   bool tf32 = false;
   std::string name() const {
-    return shape.name() + (exchange == Exchange::cluster ? " cluster of " : " grid of ") + std::to_string(blocks) +
-           " x " + std::to_string(columns) + (tf32 ? " tf32" : "");
+    return shape.name() + (exchange == Exchange::cluster ? " cluster of " : " grid of ") + std::to_string(blocks) + " x " +
+           std::to_string(columns) + (tf32 ? " tf32" : "");
   }
 };
 
@@ -73,8 +73,8 @@ void close(const std::vector<double>& got, const std::vector<double>& want, doub
   const double bound = factor * epsilon * fmax(norm(want), sqrt(double(want.size())));
   char detail[160] = "";
   if (!(norm(error) <= bound))
-    snprintf(detail, sizeof detail, ": off by %.3g, bound %.3g; worst at %d of %d: got %.9g, want %.9g", norm(error),
-             bound, int(worst), int(want.size()), got[worst], want[worst]);
+    snprintf(detail, sizeof detail, ": off by %.3g, bound %.3g; worst at %d of %d: got %.9g, want %.9g", norm(error), bound,
+             int(worst), int(want.size()), got[worst], want[worst]);
   check(got.size() == want.size() && norm(error) <= bound, what + detail);
 }
 
@@ -124,8 +124,7 @@ class Layer {
       for (int j = 0; j < active_[t]; ++j) {
         const double* x = &p.x[(int64_t(t) * s.B + from_[j]) * s.I];
         for (int i = 0; i < info_.input.count; ++i) {
-          const std::vector<double> rows =
-              affine(part(p.weights[0], gate(info_.input.first + i), s.I), nullptr, x, H_, s.I);
+          const std::vector<double> rows = affine(part(p.weights[0], gate(info_.input.first + i), s.I), nullptr, x, H_, s.I);
           for (int64_t u = 0; u < H_; ++u) input_[((offset_[t] + j) * info_.input.count + i) * H_ + u] = float(rows[u]);
         }
       }
@@ -237,8 +236,8 @@ class Layer {
   Arrays<double> gradients(const std::vector<T> (&dstate)[max_states]) const {
     const Shape& s = p_.shape;
     const int64_t I = s.I;
-    std::vector<double> dx(s.T * s.B * I), w_ih(p_.weights[0].size()), w_hh(p_.weights[1].size()),
-        b_ih(info_.gates * H_), b_hh(b_ih);
+    std::vector<double> dx(s.T * s.B * I), w_ih(p_.weights[0].size()), w_hh(p_.weights[1].size()), b_ih(info_.gates * H_),
+        b_hh(b_ih);
     for (int step = 0; step < steps_; ++step)
       for (int j = 0; j < active_[step]; ++j) {
         const int64_t row = schedule_.row(step, j), b = from_[j], t = s.reverse ? length_[j] - 1 - step : step;
@@ -303,8 +302,7 @@ void check_case(const Case& c) {
   Layer<T> layer(c, p);
   const PersistentPlan plan = layer.plan(false);
   if (!check(!plan.reason && !layer.plan(true).reason, name + ": there is a plan")) return;
-  const double epsilon = c.tf32 ? 0x1p-10 : Type<T>::epsilon,
-               terms = fmax(4, ceil(log2(double(c.shape.H * c.shape.T))));
+  const double epsilon = c.tf32 ? 0x1p-10 : Type<T>::epsilon, terms = fmax(4, ceil(log2(double(c.shape.H * c.shape.T))));
   const Arrays<double> want = reference_forward(p, false), got = layer.forward(true);
   for (size_t i = 0; i < want.size(); ++i)
     close(got[i], want[i], 4 * terms, epsilon, name + ": forward output " + std::to_string(i));
@@ -379,11 +377,9 @@ void check_plans() {
               const std::string what =
                   std::string(cells[cell].name) + " plan of H=" + std::to_string(H) + " B=" + std::to_string(batch);
               check(p.shared_bytes <= hopper.shared_per_block, what + ": shared memory");
-              check(p.blocks * p.units >= H && p.units % 8 == 0 && p.slices * p.columns >= batch,
-                    what + ": covers all");
+              check(p.blocks * p.units >= H && p.units % 8 == 0 && p.slices * p.columns >= batch, what + ": covers all");
               check(p.blocks <= (grid ? hopper.processors / at_once / p.slices : 16), what + ": blocks");
-              check(p.units * p.columns <= cuda::persistent_pairs * cuda::persistent_threads,
-                    what + ": pairs of a thread");
+              check(p.units * p.columns <= cuda::persistent_pairs * cuda::persistent_threads, what + ": pairs of a thread");
               for (int q = 0; q < cells[cell].phases; ++q)
                 check(p.stage[q].row_warps * p.stage[q].depth_warps <= cuda::persistent_warps &&
                           p.stage[q].row_warps * cuda::row_tile / p.stage[q].fold >= p.stage[q].rows &&

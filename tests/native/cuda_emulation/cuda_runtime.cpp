@@ -191,9 +191,7 @@ cudaError_t cudaMemGetInfo(size_t* free, size_t* total) {
 
 cudaError_t cudaStreamCreateWithFlags(cudaStream_t* s, unsigned) { return *s = new CUstream_st, cudaSuccess; }
 cudaError_t cudaStreamDestroy(cudaStream_t s) { return delete s, cudaSuccess; }
-cudaError_t cudaStreamSynchronize(cudaStream_t s) {
-  return result(s && s->graph ? cudaErrorInvalidValue : cudaSuccess);
-}
+cudaError_t cudaStreamSynchronize(cudaStream_t s) { return result(s && s->graph ? cudaErrorInvalidValue : cudaSuccess); }
 cudaError_t cudaStreamQuery(cudaStream_t) { return cudaSuccess; }
 cudaError_t cudaStreamWaitEvent(cudaStream_t s, cudaEvent_t e, unsigned) {
   if (e->graph) {
@@ -248,8 +246,7 @@ cudaError_t cudaGraphExecDestroy(cudaGraphExec_t g) { return delete g, cudaSucce
 cudaError_t cudaMalloc(void** p, size_t n) {
   const std::lock_guard<std::mutex> lock(mutex);
   if (n == 0) return *p = nullptr, cudaSuccess;
-  if (used + n > total_memory() || !(*p = aligned_alloc(256, (n + 255) / 256 * 256)))
-    return result(cudaErrorMemoryAllocation);
+  if (used + n > total_memory() || !(*p = aligned_alloc(256, (n + 255) / 256 * 256))) return result(cudaErrorMemoryAllocation);
   memset(*p, 0xff, n);
 #if defined(__SANITIZE_ADDRESS__)
   free(*p);
@@ -270,9 +267,7 @@ cudaError_t cudaFree(void* p) {
   free(p);
   return cudaSuccess;
 }
-cudaError_t cudaMallocHost(void** p, size_t n) {
-  return (*p = malloc(n)) ? cudaSuccess : result(cudaErrorMemoryAllocation);
-}
+cudaError_t cudaMallocHost(void** p, size_t n) { return (*p = malloc(n)) ? cudaSuccess : result(cudaErrorMemoryAllocation); }
 cudaError_t cudaFreeHost(void* p) { return free(p), cudaSuccess; }
 cudaError_t cudaMallocAsync(void** p, size_t n, cudaStream_t) { return cudaMalloc(p, n); }
 cudaError_t cudaMallocFromPoolAsync(void** p, size_t n, cudaMemPool_t, cudaStream_t) { return cudaMalloc(p, n); }

@@ -102,8 +102,7 @@ inline void send(void* p, Words v, unsigned rank, uint64_t* barrier) {
   const emulated::Block& block = *emulated::current->block;
   unsigned char* peer = block.cluster->blocks[rank]->shared;
   *reinterpret_cast<Words*>(peer + (static_cast<unsigned char*>(p) - block.shared)) = v;
-  EmulatedBarrier& b =
-      *reinterpret_cast<EmulatedBarrier*>(peer + (reinterpret_cast<unsigned char*>(barrier) - block.shared));
+  EmulatedBarrier& b = *reinterpret_cast<EmulatedBarrier*>(peer + (reinterpret_cast<unsigned char*>(barrier) - block.shared));
   b.bytes -= 16;
   emulated_turn(b);
 }

@@ -178,8 +178,8 @@ void run(const char* name, std::vector<Fiber>& fibers) {
     if (idle > patience) {
       size_t waiting = 0, polling = 0;
       for (const Fiber& f : fibers) waiting += !f.done && f.ready, polling += !f.done && !f.ready;
-      fprintf(stderr, "emulator: deadlock in %s: of %zu threads %zu are done, %zu wait at a barrier, %zu poll\n", name,
-              n, n - left, waiting, polling);
+      fprintf(stderr, "emulator: deadlock in %s: of %zu threads %zu are done, %zu wait at a barrier, %zu poll\n", name, n,
+              n - left, waiting, polling);
       abort();
     }
     // In order, or in a random one that needs no table: i * step + first, step having no factor in common with n.
@@ -271,17 +271,14 @@ void wait(Meeting& meeting, uint64_t round) {
     uint64_t round;
   } awaited{&meeting, round};
   wait_until(
-      [](const void* p) {
-        return static_cast<const Awaited*>(p)->meeting->round != static_cast<const Awaited*>(p)->round;
-      },
+      [](const void* p) { return static_cast<const Awaited*>(p)->meeting->round != static_cast<const Awaited*>(p)->round; },
       &awaited);
 }
 
 void launch(const char* name, const Configuration& c, const std::function<void()>& kernel) {
   static std::mutex mutex;
   const std::lock_guard<std::mutex> lock(mutex);
-  const size_t blocks = size_t(c.grid.x) * c.grid.y * c.grid.z,
-               cluster = size_t(c.cluster.x) * c.cluster.y * c.cluster.z;
+  const size_t blocks = size_t(c.grid.x) * c.grid.y * c.grid.z, cluster = size_t(c.cluster.x) * c.cluster.y * c.cluster.z;
   body = &kernel;
   blockDim = c.block, gridDim = c.grid;
   // One at a time, in a shuffled order when threads are.
