@@ -102,14 +102,15 @@ struct Forward {
   FUSEDRNN_INLINE Place<T> place_of(int64_t s, int64_t j) const {
     const ptrdiff_t row = a.state_row[j];
     const bool ends = j >= a.schedule.active[s + 1];
-    Place<T> at{};
-    at.x = a.x.at(s, j), at.h = h_prev(s, j), at.y = a.y.at(s, j);
-    if (Cell::phases > 1) at.operand = operand(s, j);
-    if (a.copy.base) at.copy = a.copy.at(s, j);
-    if (ends || (s + 1 == end && a.carry)) at.last = (ends ? a.final_state[0] : a.carry) + row;
-    if (Cell::states > 1) at.state = a.final_state[Cell::states - 1] + row;
-    if (a.training) at.saved = saved(s, j, 0);
-    return at;
+    T* const last = ends || (s + 1 == end && a.carry) ? (ends ? a.final_state[0] : a.carry) + row : nullptr;
+    return {a.x.at(s, j),
+            h_prev(s, j),
+            Cell::phases > 1 ? operand(s, j) : nullptr,
+            a.y.at(s, j),
+            a.copy.base ? a.copy.at(s, j) : nullptr,
+            last,
+            Cell::states > 1 ? a.final_state[Cell::states - 1] + row : nullptr,
+            a.training ? saved(s, j, 0) : nullptr};
   }
   // The pre-activations of the share's row i at step s of the chunk that starts at step c, from block share.b0 on.
   FUSEDRNN_INLINE T* slots_at(int64_t s, int64_t c, int64_t i) const {
