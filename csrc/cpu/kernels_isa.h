@@ -1,8 +1,9 @@
 // Instantiates everything for the ISA whose flags this translation unit is compiled with.
 #pragma once
 
+#include "cpu/backward.h"
+#include "cpu/forward.h"
 #include "cpu/kernels.h"
-#include "cpu/layer.h"
 
 namespace fusedrnn::FUSEDRNN_TARGET {
 
