@@ -1,6 +1,7 @@
 #include "cpu/threads.h"
 
 #include "cpu/denormals.h"
+#include "cpu/retreat.h"
 
 #include <sched.h>
 #include <stdlib.h>
@@ -32,36 +33,11 @@ using Clock = std::chrono::steady_clock;
 using std::chrono::microseconds;
 
 constexpr int spins_before_yield = 4000;    // some 50 us
-constexpr microseconds stall{100};          // waiting for less in a call is never held against it
-constexpr double stalled_share = 0.25;      // of a call's time, spent waiting for threads that have lost their core
-constexpr microseconds shortest_retreat{5000}, longest_retreat{320000};
 
-// When the machine is shared, a barrier per step waits for the scheduler's time slices, and two threads are slower than
-// one. So a call that stalled makes those of the next while run on one thread; the while doubles as long as it goes on.
-std::atomic<int64_t> stalled_us{0};     // waiting in this call, beyond the first spins, by all of its threads
-std::atomic<int64_t> retreat_until{0};  // in the clock's microseconds; 0: no retreat
-std::atomic<int64_t> retreat_length{shortest_retreat.count()};
+std::atomic<int64_t> stalled_us{0};  // waiting in this call, beyond the first spins, by all of its threads
+Retreat retreat;
 
 int64_t now_us() { return std::chrono::duration_cast<microseconds>(Clock::now().time_since_epoch()).count(); }
-
-bool retreating() {
-  int64_t until = retreat_until.load(std::memory_order_relaxed);
-  if (until == 0) return false;
-  if (now_us() < until) return true;
-  retreat_until.store(0, std::memory_order_relaxed);
-  return false;
-}
-
-void judge_call(int threads, int64_t took_us) {
-  const int64_t length = retreat_length.load(std::memory_order_relaxed);
-  const int64_t waited = stalled_us.exchange(0, std::memory_order_relaxed) / (threads - 1);
-  if (waited > stall.count() && double(waited) > stalled_share * double(took_us)) {
-    retreat_until.store(now_us() + length, std::memory_order_relaxed);
-    retreat_length.store(std::min<int64_t>(2 * length, longest_retreat.count()), std::memory_order_relaxed);
-  } else if (length != shortest_retreat.count()) {
-    retreat_length.store(shortest_retreat.count(), std::memory_order_relaxed);
-  }
-}
 
 inline void relax() {
 #if defined(__x86_64__)
@@ -146,7 +122,9 @@ class Pool {
     return int(workers_.size()) + 1;
   }
 
-  void run(int threads, bool yields, const std::function<void(int)>& work) {
+  // True where some of the threads had to be woken.
+  bool run(int threads, bool yields, const std::function<void(int)>& work) {
+    bool woke = false;
     work_ = &work;
     seats_.take(0);
     remaining_.store(threads - 1, std::memory_order_relaxed);
@@ -156,10 +134,12 @@ class Pool {
       if (w.parked.load()) {
         std::lock_guard<std::mutex> lock(w.mutex);
         w.wake.notify_one();
+        woke = true;
       }
     }
     work(0);
     spin_until(yields, [&] { return remaining_.load(std::memory_order_acquire) == 0; });
+    return woke;
   }
 
  private:
@@ -202,7 +182,7 @@ Pool& pool() {
 #if defined(__unix__) || defined(__APPLE__)
     pthread_atfork(nullptr, nullptr, [] {
       the_pool = new Pool;
-      stalled_us = 0, retreat_until = 0, retreat_length = shortest_retreat.count();
+      stalled_us = 0;
     });
 #endif
   });
@@ -308,7 +288,7 @@ void set_local_threads(int n) { thread_threads = n; }
 int wanted_threads() { return thread_threads > 0 ? thread_threads : default_threads(); }
 
 Lease::Lease(int wanted) : size_(1) {
-  if (wanted > 1 && !retreating() && pool().try_lock()) {
+  if (wanted > 1 && !retreat.on(now_us) && pool().try_lock()) {
     size_ = pool().grow(wanted);
     if (size_ > wanted) size_ = wanted;
     if (size_ == 1) pool().unlock();
@@ -325,11 +305,12 @@ void Lease::run(int threads, const std::function<void(int)>& work) {
     work(0);
   } else {
     const int64_t start = now_us();
-    pool().run(threads, crowded(), [&](int rank) {
+    const bool woke = pool().run(threads, crowded(), [&](int rank) {
       const FlushDenormals flush;
       work(rank);
     });
-    judge_call(threads, now_us() - start);
+    const int64_t now = now_us();
+    retreat.judge(now, now - start, stalled_us.exchange(0, std::memory_order_relaxed) / (threads - 1), woke);
   }
 }
 

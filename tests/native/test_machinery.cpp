@@ -10,6 +10,7 @@
 
 #include "cpu/denormals.h"
 #include "cpu/dispatch.h"
+#include "cpu/retreat.h"
 #include "cpu/threads.h"
 #include "cpu/tuner.h"
 #include "problem.h"
@@ -227,6 +228,36 @@ void test_tuner() {
   check(slow >= 1 && slow <= 3, "a trial of threads without a core ends after its first step");
 }
 
+void test_retreat() {
+  Retreat retreat;
+  int64_t now = 1000000;
+  const auto call = [&](int64_t waited, bool woke = false) { retreat.judge(now, 1000, waited, woke); };  // of 1 ms, to now
+  const auto on = [&](int64_t after) { return retreat.on([&] { return now + after; }); };
+  // Whether the retreat lasts for so many times the shortest from now on; then it is over.
+  const auto lasts = [&](int64_t times) {
+    const int64_t length = times * Retreat::shortest;
+    const bool right = on(length - 1) && !on(length);
+    now += length;
+    return right;
+  };
+  call(Retreat::stall), call(240);
+  check(!on(0), "short waits, and small shares of a call, make no retreat");
+  call(Retreat::late, true);
+  check(!on(0), "nor does the time in which threads are woken");
+  call(300);
+  check(lasts(1), "a stall does");
+  call(300), now += 1, call(900), now -= 1;
+  check(lasts(2), "one soon after it makes one twice as long, and one more in the same lease nothing");
+  call(Retreat::late + 1, true);
+  check(lasts(4), "the next doubles it again");
+  now += 4 * Retreat::shortest;
+  call(300);
+  check(lasts(1), "one that comes later starts over");
+  for (int64_t times = 2; times * Retreat::shortest < Retreat::longest; times *= 2) call(300), lasts(times);
+  call(300), check(lasts(Retreat::longest / Retreat::shortest), "the longest retreat is reached");
+  call(300), check(lasts(Retreat::longest / Retreat::shortest), "and no retreat is longer");
+}
+
 void test_denormals() {
   volatile float tiny = 1e-40f;
   float inside[2] = {1, 1};
@@ -261,6 +292,7 @@ void test_machinery(bool forks) {
   test_memory();
   test_settings();
   test_tuner();
+  test_retreat();
   test_denormals();
   test_pool();
   test_large_barriers();
