@@ -2,6 +2,7 @@
 
 #include <algorithm>
 
+#include "cpu/crew.h"
 #include "cpu/denormals.h"
 #include "cpu/dispatch.h"
 

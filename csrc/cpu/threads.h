@@ -5,12 +5,20 @@
 // fork the child abandons the pool, whose threads it does not have, and starts its own.
 #pragma once
 
+#include <stdint.h>
+
 #include <atomic>
 #include <chrono>
 #include <functional>
 #include <memory>
 
 namespace fusedrnn {
+
+// A rank's part of n.
+struct Part {
+  int64_t begin, end;
+  Part(int64_t n, int rank, int threads) : begin(n * rank / threads), end(n * (rank + 1) / threads) {}
+};
 
 constexpr std::chrono::microseconds spin_window{200};  // how long a worker waits awake for the next call
 

@@ -1,0 +1,171 @@
+// The threads of one call of a stack: how many, in which teams, and what FUSEDRNN_TRACE tells of them.
+#pragma once
+
+#include <stdio.h>
+#include <stdlib.h>
+
+#include <algorithm>
+#include <chrono>
+#include <functional>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "cpu/dispatch.h"
+#include "cpu/plan.h"
+#include "cpu/threads.h"
+#include "spec.h"
+
+namespace fusedrnn {
+
+// What a plan must know of a layer that T_ steps of B rows pass through.
+template <class T>
+LayerSize layer_size(const Spec& spec, int64_t layer, int64_t T_, int64_t B) {
+  const Kernels<T>& k = kernels<T>();
+  return {T_, B, spec.input_size(layer), spec.H, &spec.info(), k.lanes, int(sizeof(T)), k.cell[spec.cell].fuses};
+}
+
+template <class T>
+std::vector<LayerSize> layer_sizes(const Spec& spec, int64_t T_, int64_t B) {
+  std::vector<LayerSize> sizes;
+  for (int64_t l = 0; l < spec.L; ++l) sizes.push_back(layer_size<T>(spec, l, T_, B));
+  return sizes;
+}
+
+// The threads of a call in teams: one team for all, one for each direction, or one for some neighbouring layers each.
+class Crew {
+ public:
+  // `make_plan` makes the plan of a layer, and `make_wave` that of the stack, for a number of threads.
+  template <class MakePlan, class MakeWave>
+  Crew(const Spec& spec, MakePlan make_plan, MakeWave make_wave)
+      : L_(int(spec.L)), D_(spec.D), lease_(most_threads(spec, make_plan, make_wave)), threads_(lease_.size()) {
+    if (D_ == 1 && L_ > 1 && threads_ > 1) wave_ = make_wave(threads_);
+    teams_ = D_ == 2 && threads_ >= 2 ? 2 : wave_.teams;
+    for (int l = 0; l < L_; ++l) plans_.push_back(make_plan(l, threads_ / teams_));
+    all_.reset(threads_, lease_.crowded());
+    for (int i = 0; i < L_ * D_; ++i) {
+      const Plan& plan = plans_[i / D_];
+      barriers_.push_back(std::make_unique<Barrier[]>(1 + plan.row_threads));
+      barriers_.back()[0].reset(plan.threads(), lease_.crowded());
+      for (int r = 0; r < plan.row_threads; ++r) barriers_.back()[1 + r].reset(plan.unit_threads, lease_.crowded());
+    }
+    progress_ = std::make_unique<Progress[]>(L_);
+    for (int l = 0; l < L_; ++l) progress_[l].reset(lease_.crowded());
+  }
+  int threads() const { return threads_; }
+  bool split() const { return D_ == 2 && teams_ == 2; }  // the two directions run at the same time
+  const Wave& wave() const { return wave_; }
+  bool flows() const { return wave_.teams > 1; }
+  // How many layers and directions run at the same time, and the number of one's among them: what each needs of its own.
+  int lanes() const { return flows() ? L_ : teams_; }
+  int lane(int64_t layer, int d) const { return flows() ? int(layer) : split() ? d : 0; }
+  int first_rank(int64_t layer, int d) const { return team_of(layer, d) * (threads_ / teams_); }
+  const Plan& plan(int64_t layer) const { return plans_[layer]; }
+  void wait(int rank) { all_.wait(rank); }
+  void run(const std::function<void(int)>& work) { lease_.run(threads_, work); }
+
+  // Calls work(d, team) for the directions of the layer that this rank takes part in.
+  template <class Work>
+  void directions(int64_t layer, int rank, Work work) {
+    for (int d = 0; d < D_; ++d) {
+      const int r = rank - first_rank(layer, d);
+      Barrier* barriers = barriers_[layer * D_ + d].get();
+      if (r >= 0 && r < plans_[layer].threads()) work(d, Team{plans_[layer], barriers, barriers + 1, r});
+    }
+  }
+
+  // The wavefront: calls work(layer, team, begin, end) for this rank's layers, range by range; a layer waits for the one
+  // before it, which is the one above it in backward.
+  template <class Work>
+  void flow(int rank, int64_t steps, bool forward, Work work) {
+    for (int64_t i = 0; i < wave_.ranges; ++i) {
+      const int64_t range = forward ? i : wave_.ranges - 1 - i;
+      const Part part(steps, int(range), int(wave_.ranges));
+      for (int k = 0; k < L_; ++k) {
+        const int l = forward ? k : L_ - 1 - k, before = forward ? l - 1 : l + 1;
+        if (rank / (threads_ / teams_) != team_of(l, 0)) continue;
+        if (k > 0) progress_[before].wait_for((i + 1) * plans_[before].threads());
+        directions(l, rank, [&](int, const Team& team) {
+          work(l, team, part.begin, part.end);
+          progress_[l].advance();
+        });
+      }
+    }
+  }
+
+ private:
+  int team_of(int64_t layer, int d) const { return D_ == 2 ? (teams_ == 2 ? d : 0) : int(layer * teams_ / L_); }
+
+  template <class MakePlan, class MakeWave>
+  static int most_threads(const Spec& spec, MakePlan make_plan, MakeWave make_wave) {
+    int wanted = wanted_threads(), most = 1;
+    if (wanted == 1) return 1;
+    if (spec.D == 1 && spec.L > 1 && make_wave(wanted).teams > 1) return wanted;
+    for (int64_t l = 0; l < spec.L; ++l) most = std::max(most, make_plan(l, wanted).threads());
+    return most > 1 && spec.D == 2 ? wanted : most;
+  }
+
+  int L_, D_;
+  Lease lease_;
+  int threads_, teams_;
+  Wave wave_;
+  std::vector<Plan> plans_;
+  Barrier all_;
+  std::vector<std::unique_ptr<Barrier[]>> barriers_;
+  std::unique_ptr<Progress[]> progress_;  // per layer, in threads times ranges
+};
+
+// With FUSEDRNN_TRACE=1, rank 0 prints each layer's plan, what the cost model expected, and what it took.
+class Trace {
+ public:
+  Trace(const char* pass, int rank) : pass_(pass), on_(rank == 0 && enabled()) {
+    if (on_) start_ = Clock::now();
+  }
+  template <class T>
+  void layer(const Spec& spec, int64_t l, int64_t T_, int64_t B, const Crew& crew) {
+    if (!on_) return;
+    const Plan& plan = crew.plan(l);
+    fprintf(stderr,
+            "fusedrnn: %s %s layer %lld: T=%lld B=%lld I=%lld H=%lld %s, %s: %d row x %d unit threads%s, "
+            "%lld steps or %lld rows a chunk%s",
+            pass_, spec.info().name, (long long)l, (long long)T_, (long long)B, (long long)spec.input_size(l),
+            (long long)spec.H, sizeof(T) == 4 ? "float32" : "float64", isa().c_str(), plan.row_threads, plan.unit_threads,
+            crew.split()   ? " for each direction"
+            : crew.flows() ? " in a wavefront"
+                           : "",
+            (long long)plan.chunk_steps, (long long)plan.chunk_rows,
+            plan.fused && plan.chunk_steps == 1 ? ", both products in one tile" : "");
+    if (crew.flows())
+      fputs("\n", stderr);
+    else
+      took(plan.estimated_us * (spec.D == 2 && !crew.split() ? 2 : 1));
+  }
+  template <class T>
+  void stack(const Spec& spec, int64_t T_, int64_t B, const Crew& crew) {
+    if (!on_) return;
+    for (int64_t l = 0; l < spec.L; ++l) layer<T>(spec, l, T_, B, crew);
+    fprintf(stderr, "fusedrnn: %s %s: %lld layers as a wavefront of %d teams over %lld ranges of steps", pass_,
+            spec.info().name, (long long)spec.L, crew.wave().teams, (long long)crew.wave().ranges);
+    took(crew.wave().estimated_us);
+  }
+
+ private:
+  using Clock = std::chrono::steady_clock;
+  void took(double expected_us) {
+    const double us = std::chrono::duration<double, std::micro>(Clock::now() - start_).count();
+    fprintf(stderr, "; expected %.0f us, took %.0f\n", expected_us, us);
+    start_ = Clock::now();
+  }
+  static bool enabled() {
+    static const bool on = [] {
+      const char* text = getenv("FUSEDRNN_TRACE");
+      return text && *text && *text != '0';
+    }();
+    return on;
+  }
+  const char* pass_;
+  bool on_;
+  Clock::time_point start_;
+};
+
+}  // namespace fusedrnn
