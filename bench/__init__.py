@@ -5,6 +5,7 @@
     measure   checks, slots, rounds, ratios;                machine  cores, caches, versions, bandwidths
     ratios    our own times over each other, against goals;   goals   peers' times and the peak, likewise
     report    the terminal;                                 page, plots   files
+    merge     several runs as one result
 
 Every figure is a median over rounds in which all candidates take turns, each on its best thread count; every
 ratio is taken within a round. Results are compared before they are timed: a disagreement ends the run with
@@ -27,7 +28,7 @@ import numpy as np
 from fusedrnn import _core
 from fusedrnn._cli import CommandError, natural, positive_float
 
-from . import goals, machine, measure, ratios, report
+from . import goals, machine, measure, merge, ratios, report
 from .engines import Engine, Ours, Problem
 from .peers import DEFAULT_PEERS, PEERS
 from .shapes import CELLS, DEFAULT_CELLS, DEFAULT_WORK, WORK, Case, cases
@@ -128,8 +129,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--from",
         dest="source",
         type=Path,
+        action="append",
         metavar="FILE",
-        help="measure nothing: read a file that --json wrote",
+        help="measure nothing: read a file that --json wrote; given several times, each case is taken from "
+        "the run with the median ratio to its best peer",
     )
 
 
@@ -140,7 +143,10 @@ def run(args: argparse.Namespace) -> int:
     if args.json and not args.json.parent.is_dir():  # found out now, not after the measuring
         raise CommandError(f"--json: there is no folder {args.json.parent}")
     if args.source:
-        result = _read(args.source)
+        try:
+            result = merge.merged([_read(path) for path in args.source])
+        except merge.MergeError as error:
+            raise CommandError(f"--from: {error}") from error
     else:
         try:
             result = _measure(args)

@@ -17,12 +17,14 @@ def write(
 
     `goals` are rows of goals.py.
     """
-    (folder / NAME).write_text("\n".join(_lines(result, goals, figures)) + "\n", encoding="utf-8")
+    beside = (folder.parent / "performance.md").exists()
+    notebook = "[performance notebook](../performance.md)" if beside else "notebook, docs/performance.md"
+    (folder / NAME).write_text("\n".join(_lines(result, goals, figures, notebook)) + "\n", encoding="utf-8")
     return NAME
 
 
 def _lines(
-    result: dict[str, Any], goals: list[dict[str, Any]], figures: dict[str, str]
+    result: dict[str, Any], goals: list[dict[str, Any]], figures: dict[str, str], notebook: str
 ) -> list[str]:
     m, s = result["machine"], result["settings"]
     labels = {name: peer["label"] for name, peer in result["peers"].items()}
@@ -43,6 +45,13 @@ def _lines(
             "Results agreed before they were timed.",
             "GFLOP/s counts the matrix products only, forward + backward as three forwards.",
         ]
+    runs = [row.get("runs", 1) for row in [*result["cases"], *result.get("ratios", [])]]
+    if max(runs, default=1) > 1:
+        count = str(max(runs)) if min(runs) == max(runs) else f"{min(runs)} to {max(runs)}"
+        method.append(
+            f"Each was measured in {count} runs some time apart; shown is that whose ratio to the best peer "
+            "is the median (of two, the worse)."
+        )
     lines = [
         "# Benchmarks",
         "",
@@ -69,8 +78,7 @@ def _lines(
             "",
             f"{report.goals_met(goals)} against peers and the peak. At the roof: what the value would be if "
             "we took no longer than the products take at the peak, or their weights take from the cache that "
-            "holds them. What bounds us, and what was tried, is in the performance notebook, "
-            "docs/performance.md.",
+            f"holds them. What bounds us, and what was tried, is in the {notebook}.",
             "",
         ]
         lines += _table([name for name, _ in report.GOAL_COLUMNS], list(map(report.goal_cells, goals)))

@@ -15,7 +15,7 @@ import pytest
 import fusedrnn as fr
 from fusedrnn import bench
 from fusedrnn._cli import CommandError
-from fusedrnn.bench import goals, gpu, measure, page, ratios, report, shapes
+from fusedrnn.bench import goals, gpu, measure, merge, page, ratios, report, shapes
 from fusedrnn.bench.engines import Candidate, Ours
 from fusedrnn.bench.peers import PEERS
 
@@ -283,6 +283,68 @@ def test_source_must_be_a_result(text, tmp_path):
     path.write_text(text, encoding="utf-8")
     with pytest.raises(CommandError, match=r"--from: .*other\.json is (no JSON|not a result)"):
         bench.run(parse("--from", path))
+
+
+def result_of(*cases, ratios=(), date="2026-01-01", machine=None, **roofs):
+    """What --json would write of a run with these rows."""
+    known = {"caches": [], "date": date, "versions": {"numpy": "2"}}
+    settings = {"dtype": "float32", "threads_tried": [1], "seconds": 1.0}
+    return {
+        "schema": bench.SCHEMA,
+        "machine": dict.fromkeys(merge.MACHINE, "same") | known | (machine or {}),
+        "settings": dict.fromkeys(merge.SETTINGS, False) | settings,
+        "peers": {name: {"label": name} for case in cases for name in case["peers"]},
+        "roofs": [{"level": level, "gb_per_s": rate} for level, rate in roofs.items()],
+        "cases": list(cases),
+        "ratios": list(ratios),
+        "summary": [],
+    }
+
+
+def test_of_several_runs_each_case_is_its_median_run():
+    small, large = (1, 9, 8, 8), (16, 9, 256, 256)
+    runs = [
+        result_of(
+            case_row("lstm", "forward", small, {"a": a, "b": 9.0}),
+            case_row("lstm", "forward", large, {}, share=share),
+            date=f"2026-01-0{day}",
+            L1=rate,
+        )
+        for day, (a, share, rate) in enumerate([(3.0, 0.9, 5.0), (1.0, 0.5, 7.0), (2.0, 0.8, 6.0)], 1)
+    ]
+    runs.append(result_of(case_row("gru", "forward", small, {"b": 4.0}), ratios=[]))
+    found = merge.merged(runs)
+    assert [row["runs"] for row in found["cases"]] == [3, 3, 1]
+    assert found["cases"][0] == runs[2]["cases"][0] | {"runs": 3}  # a whole row of one run
+    assert found["cases"][1]["peak_share"]["median"] == 0.8
+    assert found["machine"]["date"] == "2026-01-01 to 2026-01-03"
+    assert found["roofs"] == [{"level": "L1", "gb_per_s": 7.0}]
+    assert [entry["against"]["best"]["worst"] for entry in found["summary"]] == [2.0, 4.0]
+    assert merge.merged(runs[:2])["cases"][0]["peers"]["a"]["ratio"]["median"] == 1.0  # of two, the worse
+    assert merge.merged(runs[:1]) == runs[0]
+
+
+@pytest.mark.parametrize(("sense", "middle"), [(">=", 1.0), ("<=", 2.0)])
+def test_of_two_runs_the_worse_ratio_counts(sense, middle):
+    row = dict.fromkeys(merge.RATIO) | {"goal": {"sense": sense, "limit": 1.5}}
+    runs = [result_of(ratios=[row | {"value": {"median": value}}]) for value in (1.0, 2.0)]
+    (found,) = merge.merged(runs)["ratios"]
+    assert found["value"]["median"] == middle
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"cpu": "other"}, "--from: machine's cpu differs: 'same' and 'other'"),
+        ({"versions": {"numpy": "3"}}, "--from: numpy differs: 2 and 3"),
+    ],
+)
+def test_runs_that_do_not_belong_together_are_an_error(change, message, tmp_path):
+    paths = [tmp_path / "a.json", tmp_path / "b.json"]
+    for path, result in zip(paths, [result_of(), result_of(machine=change)], strict=True):
+        path.write_text(json.dumps(result), encoding="utf-8")
+    with pytest.raises(CommandError, match=message):
+        bench.run(parse("--from", paths[0], "--from", paths[1]))
 
 
 def test_figures_and_page(tmp_path, capsys):
