@@ -61,7 +61,6 @@ class BackwardPass {
     arena_.allocate();
   }
 
-  // Packs the weights and takes the checksums on the way, so that they come from memory once.
   void check_and_pack() {
     Checksums<T> now(spec_);
     crew_.run([&](int rank) {

@@ -8,8 +8,7 @@
 namespace fusedrnn {
 namespace {
 
-// This rank's part of the weights: hashed where there are checksums, and packed where there are panels to fill. Each piece
-// is hashed just before it is packed, so that it comes from memory once.
+// This rank's part of the weights: hashed where there are checksums, and packed where there are panels to fill.
 template <class T>
 void read_weights(const Spec& spec, const StackWeights<const T>& weights, Checksums<T>* sums, Panels<T>* panels, int rank,
                   int threads) {

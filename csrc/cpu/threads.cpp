@@ -34,7 +34,7 @@ using std::chrono::microseconds;
 
 constexpr int spins_before_yield = 4000;    // some 50 us
 
-std::atomic<int64_t> stalled_us{0};  // waiting in this call, beyond the first spins, by all of its threads
+std::atomic<int64_t> stalled_us{0};  // waiting under this lease, beyond the first spins, by all of its threads
 Retreat retreat;
 
 int64_t now_us() { return std::chrono::duration_cast<microseconds>(Clock::now().time_since_epoch()).count(); }
@@ -296,7 +296,9 @@ Lease::Lease(int wanted) : size_(1) {
 }
 
 Lease::~Lease() {
-  if (size_ > 1) pool().unlock();
+  if (size_ == 1) return;
+  retreat.judge(now_us, took_us_, stalled_us.exchange(0, std::memory_order_relaxed) / (size_ - 1), woke_);
+  pool().unlock();
 }
 
 void Lease::run(int threads, const std::function<void(int)>& work) {
@@ -305,12 +307,11 @@ void Lease::run(int threads, const std::function<void(int)>& work) {
     work(0);
   } else {
     const int64_t start = now_us();
-    const bool woke = pool().run(threads, crowded(), [&](int rank) {
+    woke_ |= pool().run(threads, crowded(), [&](int rank) {
       const FlushDenormals flush;
       work(rank);
     });
-    const int64_t now = now_us();
-    retreat.judge(now, now - start, stalled_us.exchange(0, std::memory_order_relaxed) / (threads - 1), woke);
+    took_us_ += now_us() - start;
   }
 }
 

@@ -85,6 +85,8 @@ class Lease {
 
  private:
   int size_;
+  int64_t took_us_ = 0;  // by all runs of several threads
+  bool woke_ = false;    // threads that were parked
 };
 
 }  // namespace fusedrnn
