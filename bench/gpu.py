@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import fusedrnn as fr
-from fusedrnn import _device
+from fusedrnn import _cuda_module
 
 Call = Callable[[], Any]
 EPS = {"float32": 2.0**-23, "float16": 2.0**-10, "bfloat16": 2.0**-7}
@@ -202,7 +202,7 @@ def geometric_mean(values: list[float]) -> float:
 def machine(torch: Any) -> dict[str, str]:
     return {
         "card": torch.cuda.get_device_name(),
-        "fusedrnn": f"{fr.__version__}, {_device.description()}",
+        "fusedrnn": f"{fr.__version__}, {_cuda_module.description()}",
         "PyTorch": f"{torch.__version__}, CUDA {torch.version.cuda}, cuDNN {torch.backends.cudnn.version()}",
     }
 
@@ -210,7 +210,7 @@ def machine(torch: Any) -> dict[str, str]:
 def run(args: argparse.Namespace) -> int:
     import torch
 
-    if not torch.cuda.is_available() or _device.module().EMULATED:
+    if not torch.cuda.is_available() or _cuda_module.module().EMULATED:
         print("bench.gpu: needs a GPU, and a PyTorch that can use it", file=sys.stderr)
         return 2
     about = machine(torch)

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 
 import fusedrnn as fr
-from fusedrnn import _device, _dtypes
+from fusedrnn import _cuda_module, _dtypes
 
 
 def _problem() -> str | None:
     try:
-        _device.module()
+        _cuda_module.module()
     except RuntimeError as error:
         return str(error)
     try:
@@ -25,7 +25,7 @@ def _problem() -> str | None:
 
 
 PROBLEM = _problem()
-EMULATED = _device.emulated()  # a kernel's threads run one after the other: sizes must be small
+EMULATED = _cuda_module.emulated()  # a kernel's threads run one after the other: sizes must be small
 needs_gpu = pytest.mark.skipif(PROBLEM is not None, reason=PROBLEM or "")
 
 PLACES = [
@@ -43,12 +43,12 @@ every_device = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", ma
 def path(number: int) -> Iterator[None]:
     """Layers on the GPU as planned (-1), step by step (0), or persistently where they can (1)."""
     if PROBLEM is None:
-        _device.module().override_path(number)
+        _cuda_module.module().override_path(number)
     try:
         yield
     finally:
         if PROBLEM is None:
-            _device.module().override_path(-1)
+            _cuda_module.module().override_path(-1)
 
 
 def sized(device: str, usual: Any, emulated: Any) -> Any:

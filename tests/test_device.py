@@ -27,7 +27,7 @@ from bound import (
 from devices import EMULATED, PROBLEM, eps, exact, host, needs_gpu, numpy_dtype, on_device, path
 
 import fusedrnn as fr
-from fusedrnn import _device, _dtypes
+from fusedrnn import _cuda_module, _device, _dtypes
 
 T, B, I, H = 5, 3, 4, 6
 every_cell = pytest.mark.parametrize("cell", OFFERED)
@@ -366,7 +366,8 @@ def test_cuda_array_interface_is_taken_and_given():
 def test_memory_of_another_stream_is_taken_after_its_work_and_given_back_after_the_call(monkeypatch):
     call = draw(gpu_case())
     x, other, waits = on_device(call.x), 7, []
-    monkeypatch.setattr(_device.module(), "wait", lambda _, waiter, before: waits.append((waiter, before)))
+    cuda = _cuda_module.module()
+    monkeypatch.setattr(cuda, "wait", lambda _, waiter, before: waits.append((waiter, before)))
     monkeypatch.setattr(call.layer.flat_params._memory, "stream", other)
     call.layer(x)
     assert waits == [(0, other), (other, 0)]
@@ -389,7 +390,7 @@ def test_what_a_call_leaves_keeps_its_stream_alive(monkeypatch, kept):
     gone = weakref.ref(current[0])
     cupy = types.ModuleType("cupy")
     cupy.cuda = types.SimpleNamespace(get_current_stream=lambda: current[0])
-    cupy.from_dlpack = lambda array: _device.module().from_dlpack(array.__dlpack__())
+    cupy.from_dlpack = lambda array: _cuda_module.module().from_dlpack(array.__dlpack__())
     monkeypatch.setitem(sys.modules, "cupy", cupy)
 
     call = draw(gpu_case(state="zeros", given="y"))

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from . import _check, _core, _device, _dtypes
+from . import _check, _core, _cuda_module, _dtypes
 from ._params import Layout
 
 
@@ -87,7 +87,7 @@ class Config(NamedTuple):
     def moved(self, device: Any, dtype: Any) -> Config:
         """The same, elsewhere or in another dtype; None leaves it."""
         where = self.cell.family
-        device = self.device if device is None else _device.parsed(where, device)
+        device = self.device if device is None else _cuda_module.parsed(where, device)
         return self._replace(
             device=device,
             dtype=_check.float_dtype(where, self.dtype if dtype is None else dtype, device),
@@ -112,7 +112,7 @@ def checked(
 ) -> Config:
     row = CELLS[cell]
     where = row.family
-    place = _device.parsed(where, device)
+    place = _cuda_module.parsed(where, device)
     config = Config(
         row,
         _check.integer(where, "input_size", input_size, 1),

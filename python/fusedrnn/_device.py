@@ -1,11 +1,7 @@
-"""Arrays on a GPU: ours, those of other libraries, and where the kernels' module comes from.
-
-Nothing here runs, and neither `_cuda` nor cuda-pathfinder is loaded, until a device is asked for.
-"""
+"""Arrays on a GPU, ours and other libraries', and `Device`: there, what NumPy and `_core` are here."""
 
 from __future__ import annotations
 
-import importlib
 import sys
 import threading
 from collections.abc import Callable, Iterable
@@ -16,6 +12,7 @@ import numpy as np
 from numpy import ndarray
 
 from . import _check, _dtypes
+from ._cuda_module import emulated, module, parsed
 from ._dtypes import bfloat16
 from ._typing import Array
 
@@ -26,92 +23,6 @@ _CODES = {  # of DLPack: (type code, bits)
     (2, 64): np.dtype(np.float64),
     (4, 16): bfloat16,
 }
-
-# --- The module of kernels ----------------------------------------------------------------------------------
-
-_module: Any = None
-_loading = threading.Lock()
-
-
-def module() -> Any:
-    """`_cuda`, loaded and told where cuBLASLt may lie.
-
-    Raises
-    ------
-    RuntimeError
-        If this installation has no GPU kernels, or if there is no GPU or driver that can run them.
-    """
-    global _module
-    if _module is None:
-        with _loading:
-            if _module is None:
-                _module = _loaded()
-    return _module
-
-
-def _loaded() -> Any:
-    try:
-        cuda = importlib.import_module("fusedrnn._cuda")
-    except ImportError as error:
-        raise RuntimeError(
-            "cuda: this fusedrnn was built without its GPU kernels: install it where CMake finds nvcc, "
-            f"with -C cmake.define.FUSEDRNN_CUDA=ON to be told why it does not ({error})"
-        ) from None
-    cuda.device_count()  # which says what is wrong
-    _point_to_blas(cuda)
-    return cuda
-
-
-def _point_to_blas(cuda: Any) -> None:
-    """Tell the kernels where cuda-pathfinder finds cuBLASLt; else they ask the loader for it."""
-    try:
-        from cuda.pathfinder import load_nvidia_dynamic_lib
-
-        path = load_nvidia_dynamic_lib("cublasLt").abs_path
-    except (ImportError, OSError, RuntimeError):  # the error of the first product says what to do
-        return
-    if path:
-        cuda.set_blas_path(path)
-
-
-def emulated() -> bool:
-    """Whether the kernels are compiled for the CPU, for tests: DLPack's CPU then stands for the GPU."""
-    return _module is not None and bool(_module.EMULATED)
-
-
-def parsed(where: str, value: Any) -> str:
-    """A device by its full name: "cpu", or "cuda:N", N being the current device where it is left out."""
-    text = value if isinstance(value, str) else str(value) if hasattr(value, "index") else None
-    if text is None or isinstance(value, (int, np.integer)):
-        raise TypeError(f"{where}: device must be 'cpu', 'cuda' or 'cuda:N', got {value!r}")
-    if text == "cpu":
-        return text
-    kind, colon, digits = text.partition(":")
-    numbered = digits.isascii() and digits.isdigit() and len(digits) < 5
-    if kind != "cuda" or (colon and not numbered):
-        raise ValueError(f"{where}: device must be 'cpu', 'cuda' or 'cuda:N', got {value!r}")
-    cuda = module()
-    index = int(digits) if colon else cuda.current_device()
-    count = cuda.device_count()
-    if index >= count:
-        raise ValueError(f"{where}: device must be cuda:0 to cuda:{count - 1} on this machine, got {value!r}")
-    cuda.require_capable(index)
-    return f"cuda:{index}"
-
-
-def description() -> str:
-    """One line for show_config. Loads the module, but needs no GPU."""
-    try:
-        cuda = importlib.import_module("fusedrnn._cuda")
-    except ImportError:
-        return "not built"
-    try:
-        cuda.device_count()
-        _point_to_blas(cuda)
-        return str(cuda.description())
-    except RuntimeError as error:
-        return f"built for {cuda.ARCHITECTURES}; {error}"
-
 
 # --- Arrays -------------------------------------------------------------------------------------------------
 
@@ -141,7 +52,7 @@ class _Memory:
         if stream != self.stream:
             module().wait(self.index, stream, self.stream)
             self.used_elsewhere()
-            lenders = getattr(_current, "lenders", None)
+            lenders = getattr(running, "lenders", None)
             if lenders is not None:
                 lenders.add((self.index, self.stream))
 
@@ -493,11 +404,11 @@ def library(value: Any, index: int) -> Library:
 # --- What a layer on a GPU has in place of numpy and _core --------------------------------------------------
 
 # Of the call that runs in this thread: .stream, and .lenders, (GPU, stream) of memory of other streams.
-_current = threading.local()
+running = threading.local()
 
 
 def current_stream() -> int:
-    return getattr(_current, "stream", 0)
+    return getattr(running, "stream", 0)
 
 
 class Device:
@@ -537,7 +448,7 @@ class Device:
                 f"got {type(value).__name__}"
             )
         self._require_here(where, name, at)
-        in_call = getattr(_current, "lenders", None) is not None
+        in_call = getattr(running, "lenders", None) is not None
         return taken(where, name, value, current_stream() if in_call else library(value, self.index).stream)
 
     def _require_here(self, where: str, name: str, at: str) -> None:
@@ -700,75 +611,3 @@ def _addresses(value: Any) -> Any:
 
 def _host_source(value: Any) -> Any:
     return value._source if isinstance(value, DeviceArray) else value
-
-
-class Call:
-    """One call: the library of its arrays, and the stream that it runs on; a `with` block runs it there."""
-
-    __slots__ = ("_outer", "give", "host", "on", "stream", "waits", "where")
-
-    def __init__(self, on: Device, where: str, name: str, first: Any) -> None:
-        """`first`: an array of the call, which all the others must be beside."""
-        at = place(first)
-        if at is not None and not isinstance(first, ndarray):
-            on._require_here(where, name, at)
-        self.give, self.stream, self.host, self.waits = library(first, on.index)
-        self.on, self.where = on, where
-
-    def __enter__(self) -> Call:
-        self._outer = current_stream(), getattr(_current, "lenders", None)
-        _current.stream, _current.lenders = self.stream, set()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        lenders = _current.lenders
-        _current.stream, _current.lenders = self._outer
-        for index, stream in lenders:  # what they read, write or free next comes after this call
-            module().wait(index, stream, self.stream)
-        if self.waits:
-            module().synchronize(self.on.index, self.stream)
-
-    def take(self, name: str, value: Any, dtype: Any = None) -> Any:
-        """An argument as an array on the GPU, safe to use on the call's stream. None stays None."""
-        if value is None:
-            return None
-        if isinstance(value, ndarray):
-            if not self.host:
-                raise ValueError(
-                    f"{self.where}: {name} must be on {self.on.name}, where the rest of the call is, "
-                    "got an array on the cpu (numpy.ndarray)"
-                )
-            checked = _check.array(self.where, name, value, dtype)
-            made = self.on.upload(checked, dtype)
-            made._source = checked
-            return made
-        at = place(value)
-        if at is not None and self.host:
-            raise ValueError(
-                f"{self.where}: {name} must be on the cpu (a numpy.ndarray), where the rest of the call is, "
-                f"got an array on {at}"
-            )
-        if not isinstance(value, DeviceArray):
-            return self.on.imported(self.where, name, value)
-        self.on._require_here(self.where, name, value.device)
-        value._memory.order(self.stream)
-        return value
-
-    def take_each(self, names: Iterable[str], values: Any, dtype: Any) -> Any:
-        if values is None:
-            return None
-        return tuple([self.take(n, v, dtype) for n, v in zip(names, values, strict=False)])
-
-    def take_out(self, name: str, value: Any, dtype: Any) -> Any:
-        """Where to write a result: in the caller's memory, or for numpy's beside it until `put` copies it."""
-        if not isinstance(value, ndarray) or not self.host:
-            return self.take(name, value, dtype)
-        checked = _check.array(self.where, name, value, dtype)
-        made = self.on.empty(checked.shape, dtype)
-        made._source = checked
-        return made
-
-    @staticmethod
-    def put(made: DeviceArray) -> None:
-        if made._source is not None:
-            made._source[...] = made._host().view(made._source.dtype)

@@ -12,8 +12,9 @@ from typing import Any, Literal
 import numpy as np
 from numpy import ndarray
 
-from . import _check, _device, _host
+from . import _check, _cuda_module, _device, _host
 from ._config import CELLS, Config, gru_cell as _gru_name, rnn_cell as _rnn_name
+from ._device_call import Call
 from ._params import Layout
 from ._stack import ALL, STATES, Stack, States, stack_on
 from ._tape import FunctionalGrads, Tape
@@ -43,12 +44,12 @@ def _stack(
 
 
 def _of_device(where: str, name: str, x: Any) -> Any:
-    """The `_device.Call` of an x that lies on a GPU; None for any other."""
+    """The `Call` of an x that lies on a GPU; None for any other."""
     at = _device.place(x)
     if at is None or not at.startswith("cuda:"):
         return None
-    _device.module()  # which says what is missing
-    return _device.Call(_device.Device(int(at[5:])), where, name, x)
+    _cuda_module.module()  # which says what is missing
+    return Call(_device.Device(int(at[5:])), where, name, x)
 
 
 class _Form:

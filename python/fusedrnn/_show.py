@@ -6,7 +6,7 @@ from typing import Any, Literal, overload
 
 import numpy as np
 
-from . import _core, _device
+from . import _core, _cuda_module
 from ._threads import get_num_threads
 
 
@@ -34,7 +34,7 @@ def show_config(mode: Literal["stdout", "dict"] = "stdout") -> dict[str, Any] | 
         "isa": _core.isa(),
         "available_isas": _core.available_isas(),
         "num_threads": get_num_threads(),
-        "cuda": _device.description(),
+        "cuda": _cuda_module.description(),
         **build,
     }
     if mode == "dict":
