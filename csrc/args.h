@@ -51,6 +51,7 @@ struct Plan {
   int unit_threads = 1;     // the hidden units are split so many ways, with a barrier after each phase of a step
   int64_t chunk_steps = 1;  // time steps whose input product is computed at once
   bool fused = false;       // in chunks of one step a tile makes both products
+  bool far = false;         // what a thread's products read again and again does not stay in its second cache level
   int64_t chunk_rows = 1;   // rows of backward whose weight gradients are computed at once (at least one step's)
   double estimated_us = 0;  // what the cost model expects of the layer; for FUSEDRNN_TRACE
   int threads() const { return row_threads * unit_threads; }

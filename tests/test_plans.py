@@ -25,8 +25,8 @@ def own_plans_again():
 
 
 @contextmanager
-def plan(row_threads=0, unit_threads=0, chunk_steps=0, chunk_rows=0, teams=0, ranges=0, fused=0):
-    _core.override_plan(row_threads, unit_threads, chunk_steps, chunk_rows, teams, ranges, fused)
+def plan(row_threads=0, unit_threads=0, chunk_steps=0, chunk_rows=0, teams=0, ranges=0, fused=0, far=0):
+    _core.override_plan(row_threads, unit_threads, chunk_steps, chunk_rows, teams, ranges, fused, far)
     try:
         yield
     finally:
@@ -48,9 +48,9 @@ def test_every_plan_of_a_grid(cell, dtype, shape):
     chunks = [(1, B, 1), (1, 0, 2), (2, B + 1, 0), (3, 2 * B, 0), (T - 1, 3 * B + 1, 0), (T, T * B, 0)]
     chunks.append((0, 0, 0))
     with fr.num_threads(9):
-        for row_threads, unit_threads, chunk in product((1, 2, 3), (1, 2, 3), chunks):
+        for row_threads, unit_threads, chunk, far in product((1, 2, 3), (1, 2, 3), chunks, (1, 2)):
             chunk_steps, chunk_rows, fused = chunk
-            with plan(row_threads, unit_threads, chunk_steps, chunk_rows, fused=fused):
+            with plan(row_threads, unit_threads, chunk_steps, chunk_rows, fused=fused, far=far):
                 assert_same_bits(run(call), want)
 
 
@@ -77,7 +77,7 @@ def test_drawn_plans(cell, dtype):
     )  # fmt: skip
     plans = st.tuples(
         st.integers(0, 4), st.integers(0, 4), st.integers(0, 13), st.integers(0, 300), st.integers(0, 4),
-        st.integers(0, 7), st.integers(0, 2),
+        st.integers(0, 7), st.integers(0, 2), st.integers(0, 2),
     )  # fmt: skip
 
     @settings(max_examples=20, derandomize=True, deadline=None, database=None)

@@ -17,6 +17,7 @@ struct Backward {
   const Share share = forward.share;
   const int64_t H = f.H, blocks = ceil_div(H, L), padded = blocks * L;
   const int64_t batch = f.schedule.batch;
+  const bool far = team.plan.far;
   const int64_t panel_stride = operand_panel_stride(team.plan.chunk_rows, L);
 
   Backward(const BackwardArgs<T>& args, const Team& team)
@@ -93,10 +94,12 @@ struct Backward {
     if constexpr (q + 1 < Cell::phases) step<q + 1>(s, next, now);
   }
 
-  // Rows of a product with a transposed panel, whose results lie in `scratch` until they are used.
+  // Rows of a product with a transposed panel, whose results lie in `scratch` until they are used, or go to `out`.
   struct Batch {
     static constexpr int most_rows = 48;
     const T *a[most_rows], *cin[most_rows];
+    T* out[most_rows];
+    bool direct = false;
     alignas(64) T scratch[most_rows * 4 * L];
     int vectors;
     FUSEDRNN_INLINE T* result(int row) { return scratch + row * vectors * L; }
@@ -114,12 +117,16 @@ struct Backward {
     }
   };
 
-  // result(r) = cin[r] + a[r] times the panel at b, for n rows; b_block, a_segment, k and cin_block are t's.
-  static void run_batch(Batch& batch, int n, Tile<T>& t, const T* b, int64_t segments, int64_t piece) {
+  // result(r) = cin[r] + a[r] times the panel at b, for n rows; b_block, a_segment, k and cin_block are t's. The tiles of
+  // the last piece of the panel ask for ahead(i).
+  template <class Ask>
+  FUSEDRNN_INLINE void run_batch(Batch& batch, int n, Tile<T>& t, const T* b, int64_t segments, int64_t piece,
+                                 Ask ahead) const {
     const Cut tiles{n, ceil_div(n, tile_max_rows(batch.vectors))};
     const ptrdiff_t cin_block = t.cin_block;
     t.cout_block = L;
     for (int64_t first = 0; first == 0 || first < segments; first += piece) {
+      const bool last = first + piece >= segments;
       t.segments = smallest(piece, segments - first);
       t.b = b + first * t.k * L;
       t.cin_block = first == 0 ? cin_block : L;
@@ -127,10 +134,13 @@ struct Backward {
         const int r0 = int(tiles.begin(i)), rows = int(tiles.begin(i + 1)) - r0;
         for (int r = 0; r < rows; ++r) {
           t.a[r] = batch.a[r0 + r] + first * t.a_segment;
-          t.cout[r] = batch.result(r0 + r);
-          t.cin[r] = first == 0 ? batch.cin[r0 + r] : t.cout[r];
+          t.cout[r] = last && batch.direct ? batch.out[r0 + r] : batch.result(r0 + r);
+          t.cin[r] = first == 0 ? batch.cin[r0 + r] : batch.result(r0 + r);
         }
-        run_tile<Products<T, 1>>(rows, batch.vectors, t);
+        t.ahead = !far   ? nullptr
+                  : last ? ahead(i)
+                         : share_of_next<T, 1>(t.b + piece * t.k * L, t.b_block, piece * t.k, batch.vectors, i);
+        run_products<1, Rows::segments>(rows, batch.vectors, t);
       }
     }
     t.cin_block = cin_block;
@@ -148,8 +158,9 @@ struct Backward {
     int64_t ends = s >= 0 ? forward.running(s) : fed;
     Batch batch;
     Tile<T> t;
-    t.k = span.count * L, t.a_stride = 1, t.a_segment = a.gates_block;
+    t.k = span.count * L, t.a_segment = a.gates_block;
     t.b_block = a.hh_block[p], t.cin_block = q == 0 ? L : 0;
+    t.ahead_segment = t.k * L;
     for (int part = 0; part < 2; ++part) {
       const int64_t part0 = part == 0 ? 0 : fed, rows = (part == 0 ? fed : ends) - part0;
       if (rows <= 0) continue;
@@ -183,7 +194,14 @@ struct Backward {
               }
             }
           }
-          run_batch(batch, n, t, a.w_hh_t[p] + b0 * a.hh_block[p], segments, piece.segments);
+          const T* const panel = a.w_hh_t[p] + b0 * a.hh_block[p];
+          const int64_t next = there_and_back(smallest(k + 1, tiling.block.pieces - 1), tiling.block.pieces, s);
+          const T* const after = a.w_hh_t[p] + (share.b0 + tiling.block.begin(next)) * a.hh_block[p];
+          run_batch(batch, n, t, panel, segments, piece.segments, [&](int64_t tile) {
+            const bool cut = piece.segments < segments;  // then the next rows begin with the panel's first piece
+            const T* const then = cut && i + 1 < row.pieces ? panel : after;
+            return share_of_next<T, 1>(then, t.b_block, piece.segments * t.k, b1 - b0, cut ? tile : i);
+          });
           for (int r = 0; r < n; ++r)
             for (int64_t b = b0; b < b1; ++b) then(share.row(i0 + r), b, batch.result(r) + (b - b0) * L);
         }
@@ -274,13 +292,14 @@ struct Backward {
     const bool by_columns = span.count < wide;  // of gradients and panel, the larger part of a task is met again and again
     alignas(64) T scratch[8 * wide * L];
     Tile<T> t;
-    t.segments = 1, t.a_stride = slots, t.a_segment = 0, t.b_block = panel_stride;
+    t.segments = 1, t.a_stride = slots, t.b_block = panel_stride;
     for (int64_t task = cut.begin(team.rank); task < cut.begin(team.rank + 1); ++task) {
       const int64_t b = by_columns ? task % blocks : task / columns.pieces;
       const int64_t g = by_columns ? task / blocks : task % columns.pieces;
       const int64_t n0 = columns.begin(g), vectors = columns.begin(g + 1) - n0;
       const int64_t width = smallest(N - n0 * L, vectors * L);
       const bool whole = width == vectors * L;
+      const bool passes = far && b + 1 < blocks && (by_columns || g + 1 == columns.pieces);
       for (int64_t r0 = 0, r1; r0 < rows; r0 = r1) {  // up to the next border of a block of the reduction
         r1 = smallest(rows, r0 + reduction_rows - (done + r0) % reduction_rows);
         const bool starts = (done + r0) % reduction_rows == 0;
@@ -299,15 +318,17 @@ struct Backward {
           T* to = (sum ? sum : dw) + row;
           if (i + 1 < tiles)
             for (int r = 0; r < n; ++r) prefetch<true>((sum ? sum : dw) + first_row(i + 1) + r * N, width);
+          t.a[0] = gates(b, batch + r0) + (span.first + i / lane.pieces) * L + lane0;
           for (int r = 0; r < n; ++r) {
-            t.a[r] = gates(b, batch + r0) + (span.first + i / lane.pieces) * L + lane0 + r;
             t.cout[r] = whole ? to + r * N : scratch + r * wide * L;
             t.cin[r] = starts ? f.zeros : t.cout[r];
             if (!starts && !whole)
               for (int64_t v = 0; v < width; ++v) t.cout[r][v] = to[r * N + v];
           }
           t.cin_block = starts ? 0 : L, t.cout_block = L;
-          run_tile<Products<T, 1>>(n, int(vectors), t);
+          // The next block's gradients, which lie one after the other, while the last columns meet this block's.
+          t.ahead = passes && i < Cell::slots ? gates(b + 1, batch + r0) + i * t.k * L : nullptr;
+          run_products<1, Rows::columns>(n, int(vectors), t);
           if (!whole)
             for (int r = 0; r < n; ++r)
               for (int64_t v = 0; v < width; ++v) to[r * N + v] = t.cout[r][v];
@@ -358,27 +379,34 @@ struct Backward {
     const Cut mine{tiling.block.pieces, team.plan.unit_threads};
     Batch batch;
     Tile<T> t;
-    t.k = Cell::input.count * L, t.a_stride = 1, t.a_segment = a.gates_block;
+    t.k = Cell::input.count * L, t.a_segment = a.gates_block;
     t.b_block = a.ih_block, t.cin_block = 0;
     for (int64_t g = mine.begin(share.unit); g < mine.begin(share.unit + 1); ++g) {
       const int64_t n0 = tiling.block.begin(g), vectors = tiling.block.begin(g + 1) - n0;
-      batch.vectors = int(vectors);
+      const int64_t width = smallest(f.I - n0 * L, vectors * L);
+      batch.vectors = int(vectors), batch.direct = !a.dx_adds && width == vectors * L;
       const Pieces piece(t.k, blocks, rows, vectors);
       const Cut row{rows, ceil_div(rows, piece.rows)};
+      const bool cut = piece.segments < blocks;
+      t.ahead_segment = cut ? t.k * L : t.a_segment;
       // The share's row `own` of `here` at step s; row (s, j) of the chunk is number before + j.
       int64_t s = hi, own = 0, here = forward.running(hi), before = 0;
       for (int64_t i = 0; i < row.pieces; ++i) {
         const int n = int(row.begin(i + 1) - row.begin(i));
-        T* to[Batch::most_rows];
         for (int r = 0; r < n; ++r, ++own) {
           while (own >= here) before += f.schedule.active[s], --s, own = 0, here = forward.running(s);
           const int64_t j = share.row(own);
           batch.a[r] = gates(0, this->batch + before + j) + Cell::input.first * L;
           batch.cin[r] = f.zeros;
-          to[r] = a.dx.at(s, j) + n0 * L;
+          batch.out[r] = a.dx.at(s, j) + n0 * L;
         }
-        run_batch(batch, n, t, a.w_ih_t + n0 * a.ih_block, blocks, piece.segments);
-        for (int r = 0; r < n; ++r) add_to(to[r], batch.result(r), smallest(f.I - n0 * L, vectors * L), a.dx_adds);
+        const T* const panel = a.w_ih_t + n0 * a.ih_block;
+        run_batch(batch, n, t, panel, blocks, piece.segments, [&](int64_t tile) {
+          if (!cut) return batch.a[0] + n * slots;  // the next rows' gradients
+          return share_of_next<T, 1>(panel, t.b_block, piece.segments * t.k, vectors, tile);
+        });
+        if (!batch.direct)
+          for (int r = 0; r < n; ++r) add_to(batch.out[r], batch.result(r), width, a.dx_adds);
       }
     }
   }

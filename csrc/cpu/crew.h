@@ -127,14 +127,14 @@ class Trace {
     const Plan& plan = crew.plan(l);
     fprintf(stderr,
             "fusedrnn: %s %s layer %lld: T=%lld B=%lld I=%lld H=%lld %s, %s: %d row x %d unit threads%s, "
-            "%lld steps or %lld rows a chunk%s",
+            "%lld steps or %lld rows a chunk%s%s",
             pass_, spec.info().name, (long long)l, (long long)T_, (long long)B, (long long)spec.input_size(l),
             (long long)spec.H, sizeof(T) == 4 ? "float32" : "float64", isa().c_str(), plan.row_threads, plan.unit_threads,
             crew.split()   ? " for each direction"
             : crew.flows() ? " in a wavefront"
                            : "",
             (long long)plan.chunk_steps, (long long)plan.chunk_rows,
-            plan.fused && plan.chunk_steps == 1 ? ", both products in one tile" : "");
+            plan.fused && plan.chunk_steps == 1 ? ", both products in one tile" : "", plan.far ? ", asking ahead" : "");
     if (crew.flows())
       fputs("\n", stderr);
     else

@@ -14,13 +14,14 @@ struct Forward {
   static constexpr bool fuses = tile_accumulators >= 24 || Cell::slots == Cell::input.count;
   const ForwardArgs<T>& a;
   const int64_t begin, end;  // the steps to run
+  const bool far;            // see Plan
   const Share share;
   const int64_t blocks = share.b1 - share.b0;
   T* const pre;
   Place<T>* const place;  // of the share's rows, at the step that runs
 
   Forward(const ForwardArgs<T>& args, const Team& team, int64_t begin, int64_t end)
-      : a(args), begin(begin), end(end), share(share_of<T>(team, args.schedule, args.H)),
+      : a(args), begin(begin), end(end), far(team.plan.far), share(share_of<T>(team, args.schedule, args.H)),
         pre(args.pre + team.rank * args.pre_thread), place(args.place + team.rank * args.place_thread) {}
 
   // Rows of the share that run at step s: share.row(0) and the next.
@@ -82,11 +83,13 @@ struct Forward {
     for (int64_t s = c; s < end; ++s) rows += running(s);
     const Tiling tiling(rows, last - first, Cell::input.count);
     Tile<T> t;
-    t.k = a.I, t.segments = 1, t.a_stride = 1, t.a_segment = 0;
+    t.k = a.I, t.segments = 1;
     t.b_block = a.ih_block, t.cin_block = t.cout_block = slots;
     for (int64_t g = 0; g < tiling.block.pieces; ++g) {
       const int64_t b0 = first + tiling.block.begin(g), b1 = first + tiling.block.begin(g + 1);
       t.b = a.w_ih + b0 * a.ih_block;
+      const int64_t next = smallest(g + 1, tiling.block.pieces - 1);
+      const int64_t next0 = first + tiling.block.begin(next), next1 = first + tiling.block.begin(next + 1);
       int64_t s = c, i = 0, here = running(c);  // the share's row i of `here` at step s
       for (int64_t p = 0; p < tiling.row.pieces; ++p) {
         const int n = int(tiling.row.begin(p + 1) - tiling.row.begin(p));
@@ -101,7 +104,9 @@ struct Forward {
               if (v < Cell::input.first || v >= Cell::input.first + Cell::input.count)
                 V::load(a.bias + b * slots + v * L).store(row + (b - b0) * slots + v * L);
         }
-        run_tile<Products<T, Cell::input.count>>(n, int(b1 - b0), t);
+        t.ahead = !far ? nullptr
+                       : share_of_next<T, Cell::input.count>(a.w_ih + next0 * a.ih_block, a.ih_block, a.I, next1 - next0, p);
+        run_products<Cell::input.count>(n, int(b1 - b0), t);
       }
     }
   }
@@ -138,7 +143,7 @@ struct Forward {
     const Cut next_x{a.I, tiling.block.pieces};
     alignas(64) T scratch[tile_accumulators * tile_parts(Cell::slots) * L];
     Tile<T> t;
-    t.k = a.H, t.segments = 1, t.a_stride = 1, t.a_segment = 0;
+    t.k = a.H, t.segments = 1;
     t.b_block = a.hh_block[p], t.cin_block = t.cout_block = slots;
     StepTile<T> both;
     both.I = a.I, both.H = a.H, both.ih_block = a.ih_block, both.hh_block = a.hh_block[p];
@@ -148,6 +153,9 @@ struct Forward {
       if (with_input && !fused) input_product(s, s + 1, b0, b1);
       t.b = both.w_hh = a.w_hh[p] + b0 * a.hh_block[p];
       both.w_ih = a.w_ih + b0 * a.ih_block, both.bias = a.bias + b0 * slots;
+      const int64_t next = there_and_back(smallest(n + 1, tiling.block.pieces - 1), tiling.block.pieces, s + a.turn);
+      const int64_t next0 = share.b0 + tiling.block.begin(next), next_blocks = share.b0 + tiling.block.begin(next + 1) - next0;
+      const T *const next_ih = a.w_ih + next0 * a.ih_block, *const next_hh = a.w_hh[p] + next0 * a.hh_block[p];
       const bool in_scratch = fused && !keeps_slots;
       const int64_t out_row = (in_scratch ? b1 - b0 : blocks) * slots;
       for (int64_t i = 0; i < tiling.row.pieces; ++i) {
@@ -160,15 +168,18 @@ struct Forward {
         for (int64_t r = i0; r < smallest(i1, next_rows); ++r)
           prefetch<false>(place[r].x + a.x.step + next_x.begin(n), next_x.begin(n + 1) - next_x.begin(n));
         if (p + 1 == Cell::phases) prefetch_results(at, rows, b0, b1);
+        t.ahead = !far ? nullptr : share_of_next<T, span.count>(next_hh, a.hh_block[p], a.H, next_blocks, i);
         if (!fused) {
           for (int r = 0; r < rows; ++r) {
             t.a[r] = multiplied<p>(at[r]);
             t.cin[r] = t.cout[r] = out + r * out_row + span.first * L;
           }
-          run_tile<Products<T, span.count>>(rows, int(b1 - b0), t);
+          run_products<span.count>(rows, int(b1 - b0), t);
         } else if constexpr (p == 0 && fuses) {
           both.row = at, both.out = out, both.out_row = out_row;
-          run_tile<Steps<T, Cell>>(rows, int(b1 - b0), both);
+          both.hh_ahead = t.ahead;
+          both.ih_ahead = share_of_next<T, Cell::input.count>(next_ih, a.ih_block, a.I, next_blocks, i);
+          run_steps<Cell>(rows, int(b1 - b0), both);
         }
         cells<p>(at, rows, b0, b1, out, out_row);
       }
@@ -243,7 +254,8 @@ struct Forward {
   static FUSEDRNN_INLINE void row_product(V (&slot)[1][NB * Cell::slots], const T* x, int64_t k, const T* b, int64_t b_block) {
     constexpr int parts = tile_parts(count);
     static_assert(parts == 1 || count == Cell::slots);
-    multiply<T, 1, count / parts, NB * parts, Cell::slots / parts, first>(slot, {x}, 0, 1, k, b, b_block / parts);
+    multiply<T, 1, count / parts, NB * parts, false, Cell::slots / parts, first>(slot, {x}, 0, 0, k, b, b_block / parts,
+                                                                                 nullptr);
   }
 
   template <int p, int NB, bool full>

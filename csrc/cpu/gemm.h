@@ -16,16 +16,22 @@
 
 namespace fusedrnn::FUSEDRNN_TARGET {
 
+// How the rows of A lie in memory. One after the other; in segments, each of whole vectors; or as columns of something else,
+// neighbours, for which one pointer stands: eight would leave too few registers to the inner loop.
+enum class Rows { whole, segments, columns };
+
 template <class T>
 struct Tile {
-  const T* a[8];         // MR rows; element k of segment s lies at a[r][s * a_segment + k * a_stride]
+  const T* a[8];         // MR rows: element k of segment s at a[r][s * a_segment + k]; of columns at a[0][r + k * a_stride]
   const T* cin[8];       // MR rows of NB blocks
   T* cout[8];            // may be the rows of cin
-  int64_t k, segments;   // K = k * segments
+  int64_t k, segments;   // K = k * segments; other rows than those in segments are one
   ptrdiff_t a_stride, a_segment;
   const T* b;            // the first block's panel
   ptrdiff_t b_block;     // from block to block in the panel
   ptrdiff_t cin_block, cout_block;
+  const T* ahead;        // asked for meanwhile, a vector a depth: see `share_of_next`; null for nothing
+  ptrdiff_t ahead_segment;  // from one segment's to the next one's
   int part;              // of the blocks
 };
 
@@ -43,63 +49,75 @@ constexpr int tile_parts(int vectors) { return vectors / tile_part(vectors); }
 
 constexpr int tile_max_rows(int vectors) { return tile_accumulators / vectors < 8 ? tile_accumulators / vectors : 8; }
 
-// acc += A B over k elements of each row from `offset` on, `stride` apart: MR rows by NB blocks of NG vectors. A block has
-// `width` vectors in acc, of which those of the product are number `first` and the next.
-template <class T, int MR, int NG, int NB, int width = NG, int first = 0>
-FUSEDRNN_INLINE void multiply(Vec<T> (&acc)[MR][NB * width], const T* const (&a)[MR], ptrdiff_t offset, ptrdiff_t stride,
-                              int64_t k, const T* b, ptrdiff_t b_block) {
+// acc += A B for one depth: element `offset` of each row.
+template <class T, int MR, int NG, int NB, int width, int first, Rows rows>
+FUSEDRNN_INLINE void multiply_depth(Vec<T> (&acc)[MR][NB * width], const T* const (&a)[MR], ptrdiff_t offset, const T* b,
+                                    ptrdiff_t b_block) {
   using V = Vec<T>;
   constexpr int NV = NG * NB;
-  for (; k > 0; --k) {
-    // Whichever of the two is fewer stays in registers; the other is read where it is used.
-    if constexpr (MR < NV) {
-      V x[MR];
+  const auto element = [&](int r) { return V::broadcast((rows == Rows::columns ? a[0] + r : a[r]) + offset); };
+  const auto sum = [&](int r, int v) -> V& { return acc[r][v / NG * width + first + v % NG]; };
+  // Whichever of the two is fewer stays in registers; the other is read where it is used.
+  if constexpr (MR < NV) {
+    V x[MR];
 #pragma GCC unroll 8
-      for (int r = 0; r < MR; ++r) x[r] = V::broadcast(a[r] + offset);
+    for (int r = 0; r < MR; ++r) x[r] = element(r);
 #pragma GCC unroll 12
-      for (int v = 0; v < NV; ++v) {
-        V w = V::load(b + v / NG * b_block + v % NG * V::lanes);
+    for (int v = 0; v < NV; ++v) {
+      V w = V::load(b + v / NG * b_block + v % NG * V::lanes);
 #pragma GCC unroll 8
-        for (int r = 0; r < MR; ++r) {
-          V& sum = acc[r][v / NG * width + first + v % NG];
-          sum = fma(x[r], w, sum);
-        }
-      }
-    } else {
-      V w[NV];
-#pragma GCC unroll 8
-      for (int v = 0; v < NV; ++v) w[v] = V::load(b + v / NG * b_block + v % NG * V::lanes);
-#pragma GCC unroll 8
-      for (int r = 0; r < MR; ++r) {
-        V x = V::broadcast(a[r] + offset);
-#pragma GCC unroll 8
-        for (int v = 0; v < NV; ++v) {
-          V& sum = acc[r][v / NG * width + first + v % NG];
-          sum = fma(x, w[v], sum);
-        }
-      }
+      for (int r = 0; r < MR; ++r) sum(r, v) = fma(x[r], w, sum(r, v));
     }
-    b += NG * V::lanes;
-    offset += stride;
+  } else {
+    V w[NV];
+#pragma GCC unroll 8
+    for (int v = 0; v < NV; ++v) w[v] = V::load(b + v / NG * b_block + v % NG * V::lanes);
+#pragma GCC unroll 8
+    for (int r = 0; r < MR; ++r) {
+      V x = element(r);
+#pragma GCC unroll 8
+      for (int v = 0; v < NV; ++v) sum(r, v) = fma(x, w[v], sum(r, v));
+    }
   }
 }
 
-template <class T, int MR, int NG, int NB, int parts>
+// acc += A B over k elements of each row from `offset` on, `stride` apart: MR rows by NB blocks of NG vectors. A block has
+// `width` vectors in acc, of which those of the product are number `first` and the next. `asks` for k vectors
+// from `ahead` on.
+template <class T, int MR, int NG, int NB, bool asks, int width = NG, int first = 0, Rows rows = Rows::whole>
+FUSEDRNN_INLINE void multiply(Vec<T> (&acc)[MR][NB * width], const T* const (&a)[MR], ptrdiff_t offset, ptrdiff_t stride,
+                              int64_t k, const T* b, ptrdiff_t b_block, const T* ahead) {
+  // A segment is often so short that its loop's end is foreseen only if its rounds are few.
+  constexpr int unrolled = rows == Rows::segments ? 2 : 1;
+  for (; k > 0; k -= unrolled)
+#pragma GCC unroll 2
+    for (int i = 0; i < unrolled; ++i) {
+      if constexpr (asks) __builtin_prefetch(ahead, 0, 2), ahead += Vec<T>::lanes;
+      multiply_depth<T, MR, NG, NB, width, first, rows>(acc, a, offset, b, b_block);
+      b += NG * Vec<T>::lanes;
+      offset += rows == Rows::columns ? stride : 1;
+    }
+}
+
+template <class T, int MR, int NG, int NB, int parts, bool asks, Rows rows>
 void tile_kernel(const Tile<T>& t) {
   using V = Vec<T>;
   constexpr int NV = NG * NB;
-  const T* b = t.b + t.part * (t.b_block / parts);
+  const T* const b = t.b + t.part * (t.b_block / parts);
+  const T* const ahead = asks ? t.ahead + t.part * t.segments * t.k * V::lanes : nullptr;
   const ptrdiff_t first = t.part * NG * V::lanes;
   V acc[MR][NV];
   const T* a[MR];
 #pragma GCC unroll 8
   for (int r = 0; r < MR; ++r) {
-    a[r] = t.a[r];
+    a[r] = t.a[rows == Rows::columns ? 0 : r];
 #pragma GCC unroll 8
     for (int v = 0; v < NV; ++v) acc[r][v] = V::load(t.cin[r] + first + v / NG * t.cin_block + v % NG * V::lanes);
   }
-  for (int64_t s = 0; s < t.segments; ++s)
-    multiply<T, MR, NG, NB>(acc, a, s * t.a_segment, t.a_stride, t.k, b + s * t.k * NG * V::lanes, t.b_block);
+  const int64_t segments = rows == Rows::segments ? t.segments : 1;
+  for (int64_t s = 0; s < segments; ++s)
+    multiply<T, MR, NG, NB, asks, NG, 0, rows>(acc, a, s * t.a_segment, t.a_stride, t.k, b + s * t.k * NG * V::lanes, t.b_block,
+                                               asks ? ahead + s * t.ahead_segment : nullptr);
 #pragma GCC unroll 8
   for (int r = 0; r < MR; ++r)
 #pragma GCC unroll 8
@@ -116,10 +134,11 @@ struct StepTile {
   const T *bias, *w_ih, *w_hh; // of the first block
   int64_t I, H;
   ptrdiff_t ih_block, hh_block;
+  const T *ih_ahead, *hh_ahead; // as Tile's; if the second is null, neither counts
   int part;                    // of the blocks
 };
 
-template <class T, class Cell, int MR, int NB>
+template <class T, class Cell, int MR, int NB, bool asks>
 void step_kernel(const StepTile<T>& t) {
   using V = Vec<T>;
   constexpr Span input = Cell::input, span = Cell::recurrent[0];
@@ -134,10 +153,12 @@ void step_kernel(const StepTile<T>& t) {
 #pragma GCC unroll 8
     for (int v = 0; v < NV; ++v) acc[r][v] = V::load(t.bias + first + (v / part * Cell::slots + v % part) * V::lanes);
   }
-  multiply<T, MR, input.count / parts, NB, part, input.first>(acc, x, 0, 1, t.I, t.w_ih + t.part * (t.ih_block / parts),
-                                                              t.ih_block);
-  multiply<T, MR, span.count / parts, NB, part, span.first>(acc, h, 0, 1, t.H, t.w_hh + t.part * (t.hh_block / parts),
-                                                            t.hh_block);
+  multiply<T, MR, input.count / parts, NB, asks, part, input.first>(acc, x, 0, 0, t.I, t.w_ih + t.part * (t.ih_block / parts),
+                                                                    t.ih_block,
+                                                                    asks ? t.ih_ahead + t.part * t.I * V::lanes : nullptr);
+  multiply<T, MR, span.count / parts, NB, asks, part, span.first>(acc, h, 0, 0, t.H, t.w_hh + t.part * (t.hh_block / parts),
+                                                                  t.hh_block,
+                                                                  asks ? t.hh_ahead + t.part * t.H * V::lanes : nullptr);
 #pragma GCC unroll 8
   for (int r = 0; r < MR; ++r)
 #pragma GCC unroll 8
@@ -146,23 +167,23 @@ void step_kernel(const StepTile<T>& t) {
 }
 
 // The two families of kernels: what they are given, how many vectors a tile takes of a block and in how many parts, and the
-// one for MR rows, NB blocks.
-template <class T, int NG>
+// one for MR rows, NB blocks. Those that ask for what is ahead take 1 to 2 % longer where all is near.
+template <class T, int NG, bool asks, Rows rows = Rows::whole>
 struct Products {
   using Args = Tile<T>;
   static constexpr int vectors = tile_part(NG), parts = tile_parts(NG);
   template <int MR, int NB>
   static constexpr auto kernel() {
-    return tile_kernel<T, MR, vectors, NB, parts>;
+    return tile_kernel<T, MR, vectors, NB, parts, asks, rows>;
   }
 };
-template <class T, class Cell>
+template <class T, class Cell, bool asks>
 struct Steps {
   using Args = StepTile<T>;
   static constexpr int vectors = tile_part(Cell::slots), parts = tile_parts(Cell::slots);
   template <int MR, int NB>
   static constexpr auto kernel() {
-    return step_kernel<T, Cell, MR, NB>;
+    return step_kernel<T, Cell, MR, NB, asks>;
   }
 };
 
@@ -190,6 +211,25 @@ template <class Family>
 FUSEDRNN_INLINE void run_tile(int rows, int blocks, typename Family::Args& t) {
   static constexpr TileTable<Family> table;
   for (t.part = 0; t.part < Family::parts; ++t.part) table.kernel[blocks][rows](t);
+}
+
+// By a kernel that asks for what is ahead where there is something.
+template <int NG, Rows rows = Rows::whole, class T>
+FUSEDRNN_INLINE void run_products(int n, int blocks, Tile<T>& t) {
+  t.ahead ? run_tile<Products<T, NG, true, rows>>(n, blocks, t) : run_tile<Products<T, NG, false, rows>>(n, blocks, t);
+}
+template <class Cell, class T>
+FUSEDRNN_INLINE void run_steps(int n, int blocks, StepTile<T>& t) {
+  t.hh_ahead ? run_tile<Steps<T, Cell, true>>(n, blocks, t) : run_tile<Steps<T, Cell, false>>(n, blocks, t);
+}
+
+// A panel that comes from beyond the second cache level must not be waited for: while the rows' tiles pass one panel, each
+// asks for a share of the next. What tile i of them asks for, when the next panel is `blocks` blocks of NG vectors a depth,
+// K deep, from `next` on; null when nothing is left.
+template <class T, int NG>
+FUSEDRNN_INLINE const T* share_of_next(const T* next, ptrdiff_t b_block, int64_t K, int64_t blocks, int64_t i) {
+  const int64_t share = i * tile_parts(NG);
+  return share < blocks * NG ? next + share / NG * b_block + share % NG * K * Vec<T>::lanes : nullptr;
 }
 
 // How a range is cut into `pieces` parts that differ by at most one.

@@ -143,6 +143,9 @@ Plan forward_plan(const LayerSize& size, const Machine& machine, int threads, bo
   const int64_t block_bytes = (size.I + size.H) * std::max(size.cell->slots, 4) * size.lanes * size.element_bytes;
   plan.fused = size.fuses && block_bytes <= machine.l2_bytes / 3;
   plan.chunk_steps = plan.fused && rows >= 4 ? 1 : machine.l2_bytes / 4 / std::max<int64_t>(1, rows * row_bytes);
+  const int64_t unit_bytes = size.cell->gates * (size.I + size.H) * size.element_bytes;
+  plan.far = ceil_div(size.H, plan.unit_threads) * unit_bytes > machine.l2_bytes / 2;
+  if (override_values.far > 0) plan.far = override_values.far == 1;
   if (override_values.fused > 0) plan.fused = size.fuses && override_values.fused == 1;
   if (override_values.chunk_steps > 0) plan.chunk_steps = override_values.chunk_steps;
   plan.chunk_steps = std::max<int64_t>(1, std::min(plan.chunk_steps, size.T));
@@ -153,6 +156,9 @@ Plan backward_plan(const LayerSize& size, const Machine& machine, int threads) {
   Plan plan = cut(size, machine, threads, false, false);
   plan.chunk_rows = override_values.chunk_rows > 0 ? override_values.chunk_rows : 512;
   plan.chunk_rows = std::max(size.B, std::min(plan.chunk_rows, size.T * size.B));
+  const int64_t row_bytes = size.cell->gates * size.H * size.element_bytes;  // of W_hh as of the chunk's gradients
+  plan.far = (plan.chunk_rows + size.H / plan.unit_threads) * row_bytes > machine.l2_bytes / 3;
+  if (override_values.far > 0) plan.far = override_values.far == 1;
   return plan;
 }
 

@@ -44,6 +44,7 @@ struct PlanOverride {
   int teams = 0;
   int64_t ranges = 0;
   int fused = 0;  // 1: as far as the cell's tiles can; 2: not
+  int far = 0;    // 1: yes; 2: no
 };
 void set_plan_override(const PlanOverride& values);
 

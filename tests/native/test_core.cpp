@@ -165,12 +165,13 @@ void check_plans(const Shape& shape) {
   for (int threads : {1, 2, 3})
     for (const PlanOverride& plan :
          {PlanOverride{}, PlanOverride{1, 3, 1, 1}, PlanOverride{3, 1, 2, 20}, PlanOverride{2, 1, 3, 1 << 20},
-          PlanOverride{1, 2, 1 << 20, 40}, PlanOverride{1, 1, 1, 0, 0, 0, 1}, PlanOverride{1, 2, 1, 0, 0, 0, 2}}) {
+          PlanOverride{1, 2, 1 << 20, 40}, PlanOverride{1, 1, 1, 0, 0, 0, 1}, PlanOverride{1, 2, 1, 0, 0, 0, 2},
+          PlanOverride{1, 1, 1, 0, 0, 0, 1, 1}, PlanOverride{2, 1, 3, 20, 0, 0, 2, 1}}) {
       set_local_threads(threads);
       set_plan_override(plan);
       char text[120];
-      snprintf(text, sizeof text, ": %d threads, rows %d, units %d, steps %d, chunk rows %d", threads, plan.row_threads,
-               plan.unit_threads, int(plan.chunk_steps), int(plan.chunk_rows));
+      snprintf(text, sizeof text, ": %d threads, rows %d, units %d, steps %d, chunk rows %d, far %d", threads, plan.row_threads,
+               plan.unit_threads, int(plan.chunk_steps), int(plan.chunk_rows), plan.far);
       check(same_bits(inferred, forward(p)), name + text + ": forward changes no bit");
       check(same_bits(trained, train(p)), name + text + ": training changes no bit");
     }
