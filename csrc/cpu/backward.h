@@ -286,7 +286,7 @@ struct Backward {
 
   // dw[gate(slot) * H + u][n] += sum over rows of gates[slot, u] * panel[n], for the slots of a span.
   void outer_product(Span span, int64_t N, const T* panel, T* dw, T* sum, int64_t rows, int64_t done, bool last) const {
-    constexpr int wide = 3;  // then the rows of a tile divide the lanes of a vector
+    constexpr int wide = outer_tile_vectors;
     const Cut columns{ceil_div(N, L), ceil_div(ceil_div(N, L), wide)};
     Cut cut = tasks(blocks * columns.pieces);
     const bool by_columns = span.count < wide;  // of gradients and panel, the larger part of a task is met again and again

@@ -82,8 +82,8 @@ FUSEDRNN_INLINE void multiply_depth(Vec<T> (&acc)[MR][NB * width], const T* cons
 }
 
 // acc += A B over k elements of each row from `offset` on, `stride` apart: MR rows by NB blocks of NG vectors. A block has
-// `width` vectors in acc, of which those of the product are number `first` and the next. `asks` for k vectors
-// from `ahead` on.
+// `width` vectors in acc, of which those of the product are number `first` and the next. If it `asks`, then
+// for k vectors from `ahead` on.
 template <class T, int MR, int NG, int NB, bool asks, int width = NG, int first = 0, Rows rows = Rows::whole>
 FUSEDRNN_INLINE void multiply(Vec<T> (&acc)[MR][NB * width], const T* const (&a)[MR], ptrdiff_t offset, ptrdiff_t stride,
                               int64_t k, const T* b, ptrdiff_t b_block, const T* ahead) {
@@ -138,12 +138,22 @@ struct StepTile {
   int part;                    // of the blocks
 };
 
-template <class T, class Cell, int MR, int NB, bool asks>
+// The slots of a cell as a step's products feed them: cells that agree in these share kernels.
+template <int all, int input_first, int input_count, int recurrent_first, int recurrent_count>
+struct FedSlots {
+  static constexpr int slots = all;
+  static constexpr Span input = {input_first, input_count}, recurrent = {recurrent_first, recurrent_count};
+};
+template <class Cell>
+using FedSlotsOf =
+    FedSlots<Cell::slots, Cell::input.first, Cell::input.count, Cell::recurrent[0].first, Cell::recurrent[0].count>;
+
+template <class T, class Fed, int MR, int NB, bool asks>
 void step_kernel(const StepTile<T>& t) {
   using V = Vec<T>;
-  constexpr Span input = Cell::input, span = Cell::recurrent[0];
-  constexpr int part = tile_part(Cell::slots), parts = tile_parts(Cell::slots), NV = part * NB;
-  static_assert(parts == 1 || (input.count == Cell::slots && span.count == Cell::slots));
+  constexpr Span input = Fed::input, span = Fed::recurrent;
+  constexpr int part = tile_part(Fed::slots), parts = tile_parts(Fed::slots), NV = part * NB;
+  static_assert(parts == 1 || (input.count == Fed::slots && span.count == Fed::slots));
   const ptrdiff_t first = t.part * part * V::lanes;
   V acc[MR][NV];
   const T *x[MR], *h[MR];
@@ -151,7 +161,7 @@ void step_kernel(const StepTile<T>& t) {
   for (int r = 0; r < MR; ++r) {
     x[r] = t.row[r].x, h[r] = t.row[r].h;
 #pragma GCC unroll 8
-    for (int v = 0; v < NV; ++v) acc[r][v] = V::load(t.bias + first + (v / part * Cell::slots + v % part) * V::lanes);
+    for (int v = 0; v < NV; ++v) acc[r][v] = V::load(t.bias + first + (v / part * Fed::slots + v % part) * V::lanes);
   }
   multiply<T, MR, input.count / parts, NB, asks, part, input.first>(acc, x, 0, 0, t.I, t.w_ih + t.part * (t.ih_block / parts),
                                                                     t.ih_block,
@@ -162,43 +172,48 @@ void step_kernel(const StepTile<T>& t) {
 #pragma GCC unroll 8
   for (int r = 0; r < MR; ++r)
 #pragma GCC unroll 8
-    for (int v = 0; v < NV; ++v)
-      acc[r][v].store(t.out + r * t.out_row + first + (v / part * Cell::slots + v % part) * V::lanes);
+    for (int v = 0; v < NV; ++v) acc[r][v].store(t.out + r * t.out_row + first + (v / part * Fed::slots + v % part) * V::lanes);
 }
 
 // The two families of kernels: what they are given, how many vectors a tile takes of a block and in how many parts, and the
-// one for MR rows, NB blocks. Those that ask for what is ahead take 1 to 2 % longer where all is near.
+// one for MR rows, NB blocks. Those that ask for what is ahead, which take 1 to 2 % longer where all is near, are made for the
+// tiles of many rows only.
+constexpr bool many_rows(int rows, int vectors, int blocks) {
+  return rows > 1 && (blocks == 1 || vectors * blocks <= tile_vectors);
+}
+constexpr int outer_tile_vectors = 3;  // then the rows of a tile of columns divide the lanes of a vector
+
 template <class T, int NG, bool asks, Rows rows = Rows::whole>
 struct Products {
   using Args = Tile<T>;
   static constexpr int vectors = tile_part(NG), parts = tile_parts(NG);
+  static constexpr int max_blocks = rows == Rows::columns ? outer_tile_vectors : tile_max_vectors / vectors;
   template <int MR, int NB>
   static constexpr auto kernel() {
-    return tile_kernel<T, MR, vectors, NB, parts, asks, rows>;
+    return tile_kernel < T, MR, vectors, NB, parts, asks && many_rows(MR, vectors, NB), rows > ;
   }
 };
-template <class T, class Cell, bool asks>
+template <class T, class Fed, bool asks>
 struct Steps {
   using Args = StepTile<T>;
-  static constexpr int vectors = tile_part(Cell::slots), parts = tile_parts(Cell::slots);
+  static constexpr int vectors = tile_part(Fed::slots), parts = tile_parts(Fed::slots), max_blocks = tile_max_vectors / vectors;
   template <int MR, int NB>
   static constexpr auto kernel() {
-    return step_kernel<T, Cell, MR, NB, asks>;
+    return step_kernel < T, Fed, MR, NB, asks && many_rows(MR, vectors, NB) > ;
   }
 };
 
 template <class Family>
 struct TileTable {
   using Kernel = void (*)(const typename Family::Args&);
-  static constexpr int max_blocks = tile_max_vectors / Family::vectors;
-  Kernel kernel[max_blocks + 1][9];
+  Kernel kernel[Family::max_blocks + 1][9];
   constexpr TileTable() : kernel{} { fill<1>(); }
 
  private:
   template <int NB>
   constexpr void fill() {
     fill_rows<NB, 1>();
-    if constexpr (NB < max_blocks) fill<NB + 1>();
+    if constexpr (NB < Family::max_blocks) fill<NB + 1>();
   }
   template <int NB, int MR>
   constexpr void fill_rows() {
@@ -220,7 +235,8 @@ FUSEDRNN_INLINE void run_products(int n, int blocks, Tile<T>& t) {
 }
 template <class Cell, class T>
 FUSEDRNN_INLINE void run_steps(int n, int blocks, StepTile<T>& t) {
-  t.hh_ahead ? run_tile<Steps<T, Cell, true>>(n, blocks, t) : run_tile<Steps<T, Cell, false>>(n, blocks, t);
+  using Fed = FedSlotsOf<Cell>;
+  t.hh_ahead ? run_tile<Steps<T, Fed, true>>(n, blocks, t) : run_tile<Steps<T, Fed, false>>(n, blocks, t);
 }
 
 // A panel that comes from beyond the second cache level must not be waited for: while the rows' tiles pass one panel, each
