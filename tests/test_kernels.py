@@ -80,7 +80,11 @@ def test_functional_forms_in_both_directions(cell, device, dtype):
 @every_cell
 @every_place
 @pytest.mark.parametrize(
-    "sizes", [(4, 6, 37, 257, 1, 1), (3, 70, 300, 200, 1, 2), (2, 3, 1, 301, 2, 1), (30, 1, 96, 224, 1, 1)]
+    "sizes",
+    [
+        (4, 6, 37, 257, 1, 1), (3, 70, 300, 200, 1, 2), (2, 3, 1, 301, 2, 1), (30, 1, 96, 224, 1, 1),
+        (3, 9, 64, 272, 1, 2),  # of its products for dx, the last of several pieces goes to dx itself
+    ],  # fmt: skip
 )
 def test_larger_layers(cell, device, dtype, sizes):
     sizes = sized(device, sizes, tuple(map(min, sizes, (2, 9, 40, 70, 1, 2))))

@@ -112,13 +112,13 @@ struct Backward {
     Pieces(int64_t k, int64_t all, int64_t rows, int64_t vectors)
         : segments(largest(all, 1)), rows(tile_max_rows(int(vectors))) {
       if (rows <= this->rows || all * k * vectors <= panel_piece) return;
-      segments = largest(1, panel_piece / (k * vectors));
+      segments = ceil_div(all, ceil_div(all, largest(1, panel_piece / (k * vectors))));  // pieces of one size, or nearly
       this->rows = Batch::most_rows;
     }
   };
 
-  // result(r) = cin[r] + a[r] times the panel at b, for n rows; b_block, a_segment, k and cin_block are t's. The tiles of
-  // the last piece of the panel ask for ahead(i).
+  // result(r), or out[r], = cin[r] + a[r] times the panel at b, for n rows; b_block, a_segment, k and cin_block are t's. The
+  // tiles of the last piece of the panel ask for ahead(i).
   template <class Ask>
   FUSEDRNN_INLINE void run_batch(Batch& batch, int n, Tile<T>& t, const T* b, int64_t segments, int64_t piece,
                                  Ask ahead) const {
@@ -140,7 +140,7 @@ struct Backward {
         t.ahead = !far   ? nullptr
                   : last ? ahead(i)
                          : share_of_next<T, 1>(t.b + piece * t.k * L, t.b_block, piece * t.k, batch.vectors, i);
-        run_products<1, Rows::segments>(rows, batch.vectors, t);
+        run_products<1, Layout::segments>(rows, batch.vectors, t);
       }
     }
     t.cin_block = cin_block;
@@ -199,8 +199,8 @@ struct Backward {
           const T* const after = a.w_hh_t[p] + (share.b0 + tiling.block.begin(next)) * a.hh_block[p];
           run_batch(batch, n, t, panel, segments, piece.segments, [&](int64_t tile) {
             const bool cut = piece.segments < segments;  // then the next rows begin with the panel's first piece
-            const T* const then = cut && i + 1 < row.pieces ? panel : after;
-            return share_of_next<T, 1>(then, t.b_block, piece.segments * t.k, b1 - b0, cut ? tile : i);
+            const T* const follows = cut && i + 1 < row.pieces ? panel : after;
+            return share_of_next<T, 1>(follows, t.b_block, piece.segments * t.k, b1 - b0, cut ? tile : i);
           });
           for (int r = 0; r < n; ++r)
             for (int64_t b = b0; b < b1; ++b) then(share.row(i0 + r), b, batch.result(r) + (b - b0) * L);
@@ -299,7 +299,8 @@ struct Backward {
       const int64_t n0 = columns.begin(g), vectors = columns.begin(g + 1) - n0;
       const int64_t width = smallest(N - n0 * L, vectors * L);
       const bool whole = width == vectors * L;
-      const bool passes = far && b + 1 < blocks && (by_columns || g + 1 == columns.pieces);
+      const bool passes =
+          far && b + 1 < blocks && task + 1 < cut.begin(team.rank + 1) && (by_columns || g + 1 == columns.pieces);
       for (int64_t r0 = 0, r1; r0 < rows; r0 = r1) {  // up to the next border of a block of the reduction
         r1 = smallest(rows, r0 + reduction_rows - (done + r0) % reduction_rows);
         const bool starts = (done + r0) % reduction_rows == 0;
@@ -326,9 +327,9 @@ struct Backward {
               for (int64_t v = 0; v < width; ++v) t.cout[r][v] = to[r * N + v];
           }
           t.cin_block = starts ? 0 : L, t.cout_block = L;
-          // The next block's gradients, which lie one after the other, while the last columns meet this block's.
+          // The gradients of the next block, if it comes next: they lie one after the other.
           t.ahead = passes && i < Cell::slots ? gates(b + 1, batch + r0) + i * t.k * L : nullptr;
-          run_products<1, Rows::columns>(n, int(vectors), t);
+          run_products<1, Layout::columns>(n, int(vectors), t);
           if (!whole)
             for (int r = 0; r < n; ++r)
               for (int64_t v = 0; v < width; ++v) to[r * N + v] = t.cout[r][v];
@@ -402,7 +403,7 @@ struct Backward {
         }
         const T* const panel = a.w_ih_t + n0 * a.ih_block;
         run_batch(batch, n, t, panel, blocks, piece.segments, [&](int64_t tile) {
-          if (!cut) return batch.a[0] + n * slots;  // the next rows' gradients
+          if (!cut) return i + 1 < row.pieces ? batch.a[0] + n * share.stride * slots : nullptr;  // the next rows' gradients
           return share_of_next<T, 1>(panel, t.b_block, piece.segments * t.k, vectors, tile);
         });
         if (!batch.direct)

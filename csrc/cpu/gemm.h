@@ -18,20 +18,20 @@ namespace fusedrnn::FUSEDRNN_TARGET {
 
 // How the rows of A lie in memory. One after the other; in segments, each of whole vectors; or as columns of something else,
 // neighbours, for which one pointer stands: eight would leave too few registers to the inner loop.
-enum class Rows { whole, segments, columns };
+enum class Layout { rows, segments, columns };
 
 template <class T>
 struct Tile {
   const T* a[8];         // MR rows: element k of segment s at a[r][s * a_segment + k]; of columns at a[0][r + k * a_stride]
   const T* cin[8];       // MR rows of NB blocks
   T* cout[8];            // may be the rows of cin
-  int64_t k, segments;   // K = k * segments; other rows than those in segments are one
-  ptrdiff_t a_stride, a_segment;
+  int64_t k, segments;   // K = k * segments; segments is 1 of other rows
+  ptrdiff_t a_stride = 0, a_segment = 0;
   const T* b;            // the first block's panel
   ptrdiff_t b_block;     // from block to block in the panel
   ptrdiff_t cin_block, cout_block;
   const T* ahead;        // asked for meanwhile, a vector a depth: see `share_of_next`; null for nothing
-  ptrdiff_t ahead_segment;  // from one segment's to the next one's
+  ptrdiff_t ahead_segment = 0;  // from one segment's to the next one's
   int part;              // of the blocks
 };
 
@@ -50,12 +50,12 @@ constexpr int tile_parts(int vectors) { return vectors / tile_part(vectors); }
 constexpr int tile_max_rows(int vectors) { return tile_accumulators / vectors < 8 ? tile_accumulators / vectors : 8; }
 
 // acc += A B for one depth: element `offset` of each row.
-template <class T, int MR, int NG, int NB, int width, int first, Rows rows>
+template <class T, int MR, int NG, int NB, int width, int first, Layout layout>
 FUSEDRNN_INLINE void multiply_depth(Vec<T> (&acc)[MR][NB * width], const T* const (&a)[MR], ptrdiff_t offset, const T* b,
                                     ptrdiff_t b_block) {
   using V = Vec<T>;
   constexpr int NV = NG * NB;
-  const auto element = [&](int r) { return V::broadcast((rows == Rows::columns ? a[0] + r : a[r]) + offset); };
+  const auto element = [&](int r) { return V::broadcast((layout == Layout::columns ? a[0] + r : a[r]) + offset); };
   const auto sum = [&](int r, int v) -> V& { return acc[r][v / NG * width + first + v % NG]; };
   // Whichever of the two is fewer stays in registers; the other is read where it is used.
   if constexpr (MR < NV) {
@@ -81,25 +81,26 @@ FUSEDRNN_INLINE void multiply_depth(Vec<T> (&acc)[MR][NB * width], const T* cons
   }
 }
 
-// acc += A B over k elements of each row from `offset` on, `stride` apart: MR rows by NB blocks of NG vectors. A block has
+// acc += A B over k elements of each row from `offset` on, `stride` apart: MR rows by NB blocks of NG vectors (`stride` is that of columns). A block has
 // `width` vectors in acc, of which those of the product are number `first` and the next. If it `asks`, then
 // for k vectors from `ahead` on.
-template <class T, int MR, int NG, int NB, bool asks, int width = NG, int first = 0, Rows rows = Rows::whole>
+template <class T, int MR, int NG, int NB, bool asks, int width = NG, int first = 0, Layout layout = Layout::rows>
 FUSEDRNN_INLINE void multiply(Vec<T> (&acc)[MR][NB * width], const T* const (&a)[MR], ptrdiff_t offset, ptrdiff_t stride,
                               int64_t k, const T* b, ptrdiff_t b_block, const T* ahead) {
   // A segment is often so short that its loop's end is foreseen only if its rounds are few.
-  constexpr int unrolled = rows == Rows::segments ? 2 : 1;
+  constexpr int unrolled = layout == Layout::segments ? 2 : 1;
+  static_assert(Vec<T>::lanes % unrolled == 0);
   for (; k > 0; k -= unrolled)
 #pragma GCC unroll 2
     for (int i = 0; i < unrolled; ++i) {
       if constexpr (asks) __builtin_prefetch(ahead, 0, 2), ahead += Vec<T>::lanes;
-      multiply_depth<T, MR, NG, NB, width, first, rows>(acc, a, offset, b, b_block);
+      multiply_depth<T, MR, NG, NB, width, first, layout>(acc, a, offset, b, b_block);
       b += NG * Vec<T>::lanes;
-      offset += rows == Rows::columns ? stride : 1;
+      offset += layout == Layout::columns ? stride : 1;
     }
 }
 
-template <class T, int MR, int NG, int NB, int parts, bool asks, Rows rows>
+template <class T, int MR, int NG, int NB, int parts, bool asks, Layout layout>
 void tile_kernel(const Tile<T>& t) {
   using V = Vec<T>;
   constexpr int NV = NG * NB;
@@ -110,14 +111,14 @@ void tile_kernel(const Tile<T>& t) {
   const T* a[MR];
 #pragma GCC unroll 8
   for (int r = 0; r < MR; ++r) {
-    a[r] = t.a[rows == Rows::columns ? 0 : r];
+    a[r] = t.a[layout == Layout::columns ? 0 : r];
 #pragma GCC unroll 8
     for (int v = 0; v < NV; ++v) acc[r][v] = V::load(t.cin[r] + first + v / NG * t.cin_block + v % NG * V::lanes);
   }
-  const int64_t segments = rows == Rows::segments ? t.segments : 1;
+  const int64_t segments = layout == Layout::segments ? t.segments : 1;
   for (int64_t s = 0; s < segments; ++s)
-    multiply<T, MR, NG, NB, asks, NG, 0, rows>(acc, a, s * t.a_segment, t.a_stride, t.k, b + s * t.k * NG * V::lanes, t.b_block,
-                                               asks ? ahead + s * t.ahead_segment : nullptr);
+    multiply<T, MR, NG, NB, asks, NG, 0, layout>(acc, a, s * t.a_segment, t.a_stride, t.k, b + s * t.k * NG * V::lanes,
+                                                 t.b_block, asks ? ahead + s * t.ahead_segment : nullptr);
 #pragma GCC unroll 8
   for (int r = 0; r < MR; ++r)
 #pragma GCC unroll 8
@@ -150,6 +151,7 @@ using FedSlotsOf =
 
 template <class T, class Fed, int MR, int NB, bool asks>
 void step_kernel(const StepTile<T>& t) {
+  static_assert(Fed::input.count >= Fed::recurrent.count);  // so that where the second product asks, the first does
   using V = Vec<T>;
   constexpr Span input = Fed::input, span = Fed::recurrent;
   constexpr int part = tile_part(Fed::slots), parts = tile_parts(Fed::slots), NV = part * NB;
@@ -175,22 +177,22 @@ void step_kernel(const StepTile<T>& t) {
     for (int v = 0; v < NV; ++v) acc[r][v].store(t.out + r * t.out_row + first + (v / part * Fed::slots + v % part) * V::lanes);
 }
 
+// Whether no wide tile, which only few rows take.
+constexpr bool base_tile(int vectors, int blocks) { return blocks == 1 || vectors * blocks <= tile_vectors; }
+constexpr int outer_tile_vectors = 3;  // then the rows of a tile of columns divide the lanes of a vector
+
 // The two families of kernels: what they are given, how many vectors a tile takes of a block and in how many parts, and the
 // one for MR rows, NB blocks. Those that ask for what is ahead, which take 1 to 2 % longer where all is near, are made for the
 // tiles of many rows only.
-constexpr bool many_rows(int rows, int vectors, int blocks) {
-  return rows > 1 && (blocks == 1 || vectors * blocks <= tile_vectors);
-}
-constexpr int outer_tile_vectors = 3;  // then the rows of a tile of columns divide the lanes of a vector
-
-template <class T, int NG, bool asks, Rows rows = Rows::whole>
+template <class T, int NG, bool asks, Layout layout = Layout::rows>
 struct Products {
   using Args = Tile<T>;
   static constexpr int vectors = tile_part(NG), parts = tile_parts(NG);
-  static constexpr int max_blocks = rows == Rows::columns ? outer_tile_vectors : tile_max_vectors / vectors;
+  static constexpr int max_blocks = layout == Layout::columns ? outer_tile_vectors : tile_max_vectors / vectors;
   template <int MR, int NB>
   static constexpr auto kernel() {
-    return tile_kernel < T, MR, vectors, NB, parts, asks && many_rows(MR, vectors, NB), rows > ;
+    constexpr bool ask = asks && (layout == Layout::columns || base_tile(vectors, NB)) && MR > 1;
+    return tile_kernel<T, MR, vectors, NB, parts, ask, layout>;
   }
 };
 template <class T, class Fed, bool asks>
@@ -199,7 +201,8 @@ struct Steps {
   static constexpr int vectors = tile_part(Fed::slots), parts = tile_parts(Fed::slots), max_blocks = tile_max_vectors / vectors;
   template <int MR, int NB>
   static constexpr auto kernel() {
-    return step_kernel < T, Fed, MR, NB, asks && many_rows(MR, vectors, NB) > ;
+    constexpr bool ask = asks && base_tile(vectors, NB) && MR > 1;
+    return step_kernel<T, Fed, MR, NB, ask>;
   }
 };
 
@@ -229,9 +232,9 @@ FUSEDRNN_INLINE void run_tile(int rows, int blocks, typename Family::Args& t) {
 }
 
 // By a kernel that asks for what is ahead where there is something.
-template <int NG, Rows rows = Rows::whole, class T>
+template <int NG, Layout layout = Layout::rows, class T>
 FUSEDRNN_INLINE void run_products(int n, int blocks, Tile<T>& t) {
-  t.ahead ? run_tile<Products<T, NG, true, rows>>(n, blocks, t) : run_tile<Products<T, NG, false, rows>>(n, blocks, t);
+  t.ahead ? run_tile<Products<T, NG, true, layout>>(n, blocks, t) : run_tile<Products<T, NG, false, layout>>(n, blocks, t);
 }
 template <class Cell, class T>
 FUSEDRNN_INLINE void run_steps(int n, int blocks, StepTile<T>& t) {

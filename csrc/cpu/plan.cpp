@@ -157,7 +157,7 @@ Plan backward_plan(const LayerSize& size, const Machine& machine, int threads) {
   plan.chunk_rows = override_values.chunk_rows > 0 ? override_values.chunk_rows : 512;
   plan.chunk_rows = std::max(size.B, std::min(plan.chunk_rows, size.T * size.B));
   const int64_t row_bytes = size.cell->gates * size.H * size.element_bytes;  // of W_hh as of the chunk's gradients
-  plan.far = (plan.chunk_rows + size.H / plan.unit_threads) * row_bytes > machine.l2_bytes / 3;
+  plan.far = (plan.chunk_rows + ceil_div(size.H, plan.unit_threads)) * row_bytes > machine.l2_bytes / 3;
   if (override_values.far > 0) plan.far = override_values.far == 1;
   return plan;
 }
