@@ -27,10 +27,10 @@ class Checksums {
     const Part part(steps, rank, threads);
     for (int64_t s = part.begin; s < part.end; ++s) {
       if (whole_steps) {
-        sum += hash_(a.data + s * a.step, B * spec_.I * sizeof(T), s * B * row);
+        sum += hash_(a.data + s * a.step, 1, 0, B * spec_.I, s * B * row);
       } else {
         for (int64_t j = 0; j < order.active[s]; ++j)
-          sum += hash_(a.data + s * a.step + order.from[j] * a.row, spec_.I * sizeof(T), (s * B + order.from[j]) * row);
+          sum += hash_(a.data + s * a.step + order.from[j] * a.row, 1, 0, spec_.I, (s * B + order.from[j]) * row);
       }
     }
     x_.fetch_add(sum, std::memory_order_relaxed);
@@ -42,19 +42,20 @@ class Checksums {
     end = std::min(end, columns);
     uint64_t sum = 0;
     if (begin >= end) return sum;
-    for (int gate = 0; gate < spec_.info().gates; ++gate)
-      for (int64_t r = gate * H + b * lanes; r < gate * H + std::min(H, (b + 1) * lanes); ++r)
-        sum += hash_(w + r * columns + begin, (end - begin) * sizeof(T),
-                     place(i, recurrent ? 1 : 0) + r * words(columns) + begin * sizeof(T) / 8);
+    for (int gate = 0; gate < spec_.info().gates; ++gate) {
+      const int64_t r = gate * H + b * lanes;
+      sum += hash_(w + r * columns + begin, std::min(lanes, H - b * lanes), columns, end - begin,
+                   place(i, recurrent ? 1 : 0) + r * words(columns) + begin * sizeof(T) / 8);
+    }
     return sum;
   }
   void add_weights(uint64_t sum) { weights_.fetch_add(sum, std::memory_order_relaxed); }
   void add_biases(const StackWeights<const T>& weights) {
     if (!spec_.bias) return;
-    const int64_t bytes = spec_.info().gates * spec_.H * sizeof(T);
+    const int64_t n = spec_.info().gates * spec_.H;
     uint64_t sum = 0;
     for (int64_t i = 0; i < spec_.count(); ++i)
-      sum += hash_(weights[i].b_ih, bytes, place(i, 2)) + hash_(weights[i].b_hh, bytes, place(i, 3));
+      sum += hash_(weights[i].b_ih, 1, 0, n, place(i, 2)) + hash_(weights[i].b_hh, 1, 0, n, place(i, 3));
     add_weights(sum);
   }
   uint64_t x() const { return x_; }

@@ -3,6 +3,7 @@
 
 #include "cpu/backward.h"
 #include "cpu/forward.h"
+#include "cpu/hash.h"
 #include "cpu/kernels.h"
 
 namespace fusedrnn::FUSEDRNN_TARGET {
@@ -27,36 +28,6 @@ void dropout(const T* x, T* out, int64_t n, uint64_t seed, uint64_t index, uint3
     z = (z ^ (z >> 27)) * 0x94d049bb133111ebu;
     out[i] = uint32_t(z >> 32) >= threshold ? x[i] * scale : T(0);
   }
-}
-
-// A multilinear hash: the sum of products of the halves of each 64-bit word, under a key of the word's place, and of the
-// word itself, lest a half that equals its key hide the other. It finds changes, not adversaries. Being a sum over words, it
-// may be taken in any pieces. Eight sums side by side keep a vector unit busy.
-template <class T>
-uint64_t hash(const T* p, int64_t bytes, uint64_t place) {
-  constexpr int lanes = 8;
-  constexpr uint64_t step = 0x9e3779b97f4a7c15u;
-  const char* data = reinterpret_cast<const char*>(p);
-  uint64_t sum[lanes] = {}, key[lanes], words[lanes];
-  for (int i = 0; i < lanes; ++i) key[i] = (place + uint64_t(i) + 1) * step;
-  const auto add = [&](int n) {
-    for (int i = 0; i < n; ++i) {
-      const uint64_t w = words[i] ^ key[i];
-      sum[i] += (w & 0xffffffffu) * (w >> 32) + words[i];
-      key[i] += lanes * step;
-    }
-  };
-  int64_t n = 0;
-  for (; n + int64_t(sizeof words) <= bytes; n += sizeof words) {
-    __builtin_memcpy(words, data + n, sizeof words);
-    add(lanes);
-  }
-  __builtin_memset(words, 0, sizeof words);
-  __builtin_memcpy(words, data + n, bytes - n);
-  add(int(ceil_div(bytes - n, 8)));
-  uint64_t total = 0;
-  for (int i = 0; i < lanes; ++i) total += sum[i];
-  return total;
 }
 
 template <class T>

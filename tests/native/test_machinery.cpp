@@ -273,6 +273,35 @@ void test_denormals() {
   check(tiny + tiny > 0, "and the caller's mode is as it was");
 }
 
+// The hash that hash.h describes, word by word.
+uint64_t plain_hash(const std::vector<float>& w, int64_t rows, int64_t stride, int64_t columns, uint64_t place) {
+  uint64_t sum = 0;
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t k = 0; k < columns; k += 2) {
+      uint64_t word = 0;
+      memcpy(&word, &w[r * stride + k], sizeof(float) * std::min<int64_t>(2, columns - k));
+      const uint64_t key = (place + r * ((stride + 1) / 2) + k / 2 + 1) * 0x9e3779b97f4a7c15u, keyed = word ^ key;
+      sum += (keyed & 0xffffffffu) * (keyed >> 32) + word;
+    }
+  return sum;
+}
+
+void test_hash() {
+  const auto hash = kernels<float>().hash;
+  Random random(7);
+  std::vector<float> w(5 * 61);
+  for (float& v : w) v = float(random.normal());
+  bool right = true;
+  for (int64_t columns : {1, 2, 15, 16, 17, 32, 47, 61})
+    right = right && hash(w.data(), 5, 61, columns, 3) == plain_hash(w, 5, 61, columns, 3);
+  check(right, "the hash of rows of any length");
+  check(hash(w.data(), 5, 60, 60, 3) == hash(w.data(), 5, 60, 44, 3) + hash(w.data() + 44, 5, 60, 16, 3 + 22),
+        "the hash of a matrix is the sum of its pieces'");
+  const uint64_t before = hash(w.data(), 5, 61, 61, 3);
+  std::swap(w[100], w[102]);
+  check(hash(w.data(), 5, 61, 61, 3) != before, "the hash tells places apart");
+}
+
 void test_settings() {
   check(available_threads() >= 1 && default_threads() >= 1, "there is a thread");
   const int before = default_threads();
@@ -293,6 +322,7 @@ void test_settings() {
 void test_machinery(bool forks) {
   test_memory();
   test_settings();
+  test_hash();
   test_tuner();
   test_retreat();
   test_denormals();
