@@ -21,9 +21,9 @@ constexpr double l3_bytes_per_ns = 90.0;      // a panel that the second level d
 constexpr double memory_bytes_per_ns = 17.0;  // a core's, where all read
 constexpr double exchange_bytes_per_ns = 5;   // rows that another core has just written: 80 with a shared cache, 3 without
 constexpr double cell_ns = 12.0;              // the epilogue of one vector
-constexpr double hop_ns = 150.0;              // a line from one core to another: 25 where they share a cache, 215 where not
+constexpr double hop_ns = 200.0;              // a line from one core to another: 25 where they share a cache, 215 where not
 constexpr double tile_ns = 8.0;
-constexpr double start_ns = 3000.0;           // handing a call to another thread and waiting for it
+constexpr double start_ns = 5000.0;           // handing work to another thread and waiting for it
 
 double barrier_ns(int members) { return hop_ns * Barrier::rounds(members); }
 
@@ -54,7 +54,18 @@ double layer_ns(const LayerSize& size, const Machine& machine, int rows, int uni
   // The input product; in backward, the gradients of x and of both weight matrices.
   const double products = forward ? double(size.I) : double(2 * size.I + size.H);
   const double rest = B * blocks * gates * products * vector_bytes / fma_bytes_per_ns;
-  return double(size.T) * (step + rest) + (rows * units > 1 ? start_ns : 0);
+  double ns = double(size.T) * (step + rest);
+  if (rows * units > 1) ns += start_ns * (forward ? 1 : 3);  // backward packs before, and meets at each chunk's end
+  if (rows * units > 1 && !forward) {
+    // The weight gradients read all gradients of a thread's blocks, and h and x as all threads packed them, of which each
+    // needs some columns where threads outnumber blocks.
+    const double threads = rows * units, all_blocks = double(ceil_div(size.H, size.lanes));
+    const double share = std::max(1 / threads, 1 / all_blocks);
+    const double row_bytes =
+        (gates * double(size.H) * share + double(size.H + size.I) / (share * threads)) * size.element_bytes;
+    ns += double(size.T * size.B) * row_bytes * (threads - 1) / threads / exchange_bytes_per_ns;
+  }
+  return ns;
 }
 
 // Calls then(parts) for 1, 2, .. `most` parts of n things, less those that leave the largest part as it was: they would cost
