@@ -33,7 +33,8 @@ set(cuda_sources
   csrc/cuda/persistent_f32.cu
   csrc/cuda/persistent_plan.cpp
   csrc/cuda/plan.cpp
-  csrc/cuda/stack.cu
+  csrc/cuda/stack_backward.cu
+  csrc/cuda/stack_forward.cu
   csrc/cuda/step.cu
   csrc/cuda/step_bf16.cu
   csrc/cuda/step_f16.cu

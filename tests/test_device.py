@@ -27,7 +27,7 @@ from bound import (
 from devices import EMULATED, PROBLEM, eps, exact, host, needs_gpu, numpy_dtype, on_device, path
 
 import fusedrnn as fr
-from fusedrnn import _cuda_module, _device, _dtypes
+from fusedrnn import _cuda_module, _device_interop, _dtypes
 
 T, B, I, H = 5, 3, 4, 6
 every_cell = pytest.mark.parametrize("cell", OFFERED)
@@ -215,7 +215,7 @@ def test_arrays_are_lent_by_dlpack_and_taken_back():
     a = np.arange(12, dtype=np.float32).reshape(3, 4)
     ours = fr.device_array(a)
     for options in ({}, {"max_version": (1, 0)}):
-        taken = _device.taken("test", "x", _Lender(ours, options), 0)
+        taken = _device_interop.taken("test", "x", _Lender(ours, options), 0)
         assert (taken.shape, taken.strides, taken.dtype) == (ours.shape, ours.strides, ours.dtype)
         taken[0] = a[2].copy()
         np.testing.assert_array_equal(ours.numpy()[0], a[2])

@@ -1,4 +1,4 @@
-// The module of the GPU's kernels. Arrays come as NumPy arrays over the device's addresses ("shadows", _device.py):
+// The module of the GPU's kernels. Arrays come as NumPy arrays over the device's addresses ("shadows", _device_array.py):
 // their pointers, shapes and strides are read here, and nobody reads what they point to.
 #include <cuda_runtime.h>
 #include <pthread.h>
@@ -97,7 +97,7 @@ std::string description() {
 // ---- Memory
 
 // A stream's handle as Python gives it. Who frees memory there later holds the object itself, which keeps the stream
-// alive (_device.StreamHandle).
+// alive (_device_array.StreamHandle).
 using StreamObject = py::int_;
 
 uintptr_t handle_of(const StreamObject& stream) { return stream.cast<uintptr_t>(); }

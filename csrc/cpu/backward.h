@@ -167,8 +167,8 @@ struct Backward {
       const Tiling tiling(rows, share.b1 - share.b0, 1);
       const Cut x_part{a.dw_ih ? f.I : 0, tiling.block.pieces};
       for (int64_t k = 0; k < tiling.block.pieces; ++k) {
-        const int64_t g = there_and_back(k, tiling.block.pieces, s);
-        const int64_t b0 = share.b0 + tiling.block.begin(g), b1 = share.b0 + tiling.block.begin(g + 1);
+        const Range at_k = there_and_back(tiling.block, k, s), next = there_and_back(tiling.block, k + 1, s);
+        const int64_t b0 = share.b0 + at_k.begin, b1 = share.b0 + at_k.end;
         batch.vectors = int(b1 - b0);
         const int64_t segments = part == 0 ? blocks : 0;
         const Pieces piece(t.k, segments, rows, b1 - b0);
@@ -179,8 +179,8 @@ struct Backward {
           if (k == 0 && share.barrier && part == 0 && i + 1 < row.pieces)  // the next rows, from other cores
             for (int64_t b = 0; b < blocks; ++b)
               if (b < share.b0 || b >= share.b1)
-                for (int64_t next = row.begin(i + 1); next < row.begin(i + 2); ++next)
-                  prefetch<false>(gates(b, from + share.row(next)), slots);
+                for (int64_t r = row.begin(i + 1); r < row.begin(i + 2); ++r)
+                  prefetch<false>(gates(b, from + share.row(r)), slots);
           for (int r = 0; r < n; ++r) {
             const int64_t j = share.row(i0 + r);
             batch.a[r] = gates(0, from + j) + span.first * L;
@@ -195,8 +195,7 @@ struct Backward {
             }
           }
           const T* const panel = a.w_hh_t[p] + b0 * a.hh_block[p];
-          const int64_t next = there_and_back(smallest(k + 1, tiling.block.pieces - 1), tiling.block.pieces, s);
-          const T* const after = a.w_hh_t[p] + (share.b0 + tiling.block.begin(next)) * a.hh_block[p];
+          const T* const after = a.w_hh_t[p] + (share.b0 + next.begin) * a.hh_block[p];
           run_batch(batch, n, t, panel, segments, piece.segments, [&](int64_t tile) {
             const bool cut = piece.segments < segments;  // then the next rows begin with the panel's first piece
             const T* const follows = cut && i + 1 < row.pieces ? panel : after;

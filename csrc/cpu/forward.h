@@ -86,10 +86,9 @@ struct Forward {
     t.k = a.I, t.segments = 1;
     t.b_block = a.ih_block, t.cin_block = t.cout_block = slots;
     for (int64_t g = 0; g < tiling.block.pieces; ++g) {
-      const int64_t b0 = first + tiling.block.begin(g), b1 = first + tiling.block.begin(g + 1);
+      const Range at_g = tiling.block.piece(g), next = tiling.block.piece(g + 1);
+      const int64_t b0 = first + at_g.begin, b1 = first + at_g.end;
       t.b = a.w_ih + b0 * a.ih_block;
-      const int64_t next = smallest(g + 1, tiling.block.pieces - 1);
-      const int64_t next0 = first + tiling.block.begin(next), next1 = first + tiling.block.begin(next + 1);
       int64_t s = c, i = 0, here = running(c);  // the share's row i of `here` at step s
       for (int64_t p = 0; p < tiling.row.pieces; ++p) {
         const int n = int(tiling.row.begin(p + 1) - tiling.row.begin(p));
@@ -105,7 +104,8 @@ struct Forward {
                 V::load(a.bias + b * slots + v * L).store(row + (b - b0) * slots + v * L);
         }
         t.ahead = !far ? nullptr
-                       : share_of_next<T, Cell::input.count>(a.w_ih + next0 * a.ih_block, a.ih_block, a.I, next1 - next0, p);
+                       : share_of_next<T, Cell::input.count>(a.w_ih + (first + next.begin) * a.ih_block, a.ih_block, a.I,
+                                                             next.size(), p);
         run_products<Cell::input.count>(n, int(b1 - b0), t);
       }
     }
@@ -148,13 +148,11 @@ struct Forward {
     StepTile<T> both;
     both.I = a.I, both.H = a.H, both.ih_block = a.ih_block, both.hh_block = a.hh_block[p];
     for (int64_t n = 0; n < tiling.block.pieces; ++n) {
-      const int64_t g = there_and_back(n, tiling.block.pieces, s + a.turn);
-      const int64_t b0 = share.b0 + tiling.block.begin(g), b1 = share.b0 + tiling.block.begin(g + 1);
+      const Range at_n = there_and_back(tiling.block, n, s + a.turn), next = there_and_back(tiling.block, n + 1, s + a.turn);
+      const int64_t b0 = share.b0 + at_n.begin, b1 = share.b0 + at_n.end, next0 = share.b0 + next.begin;
       if (with_input && !fused) input_product(s, s + 1, b0, b1);
       t.b = both.w_hh = a.w_hh[p] + b0 * a.hh_block[p];
       both.w_ih = a.w_ih + b0 * a.ih_block, both.bias = a.bias + b0 * slots;
-      const int64_t next = there_and_back(smallest(n + 1, tiling.block.pieces - 1), tiling.block.pieces, s + a.turn);
-      const int64_t next0 = share.b0 + tiling.block.begin(next), next_blocks = share.b0 + tiling.block.begin(next + 1) - next0;
       const T *const next_ih = a.w_ih + next0 * a.ih_block, *const next_hh = a.w_hh[p] + next0 * a.hh_block[p];
       const bool in_scratch = fused && !keeps_slots;
       const int64_t out_row = (in_scratch ? b1 - b0 : blocks) * slots;
@@ -168,7 +166,7 @@ struct Forward {
         for (int64_t r = i0; r < smallest(i1, next_rows); ++r)
           prefetch<false>(place[r].x + a.x.step + next_x.begin(n), next_x.begin(n + 1) - next_x.begin(n));
         if (p + 1 == Cell::phases) prefetch_results(at, rows, b0, b1);
-        t.ahead = !far ? nullptr : share_of_next<T, span.count>(next_hh, a.hh_block[p], a.H, next_blocks, i);
+        t.ahead = !far ? nullptr : share_of_next<T, span.count>(next_hh, a.hh_block[p], a.H, next.size(), i);
         if (!fused) {
           for (int r = 0; r < rows; ++r) {
             t.a[r] = multiplied<p>(at[r]);
@@ -178,7 +176,7 @@ struct Forward {
         } else if constexpr (p == 0 && fuses) {
           both.row = at, both.out = out, both.out_row = out_row;
           both.hh_ahead = t.ahead;
-          both.ih_ahead = share_of_next<T, Cell::input.count>(next_ih, a.ih_block, a.I, next_blocks, i);
+          both.ih_ahead = share_of_next<T, Cell::input.count>(next_ih, a.ih_block, a.I, next.size(), i);
           run_steps<Cell>(rows, int(b1 - b0), both);
         }
         cells<p>(at, rows, b0, b1, out, out_row);

@@ -251,10 +251,20 @@ FUSEDRNN_INLINE const T* share_of_next(const T* next, ptrdiff_t b_block, int64_t
   return share < blocks * NG ? next + share / NG * b_block + share % NG * K * Vec<T>::lanes : nullptr;
 }
 
+struct Range {
+  int64_t begin, end;
+  FUSEDRNN_INLINE int64_t size() const { return end - begin; }
+};
+
 // How a range is cut into `pieces` parts that differ by at most one.
 struct Cut {
   int64_t n, pieces;
   FUSEDRNN_INLINE int64_t begin(int64_t i) const { return i * n / pieces; }
+  // Past the end: the last one.
+  FUSEDRNN_INLINE Range piece(int64_t i) const {
+    i = i < pieces ? i : pieces - 1;
+    return {begin(i), begin(i + 1)};
+  }
 };
 
 // The tiles of a product of `rows` rows and `blocks` blocks of `width` vectors: even pieces, none smaller than need be.

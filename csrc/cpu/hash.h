@@ -8,7 +8,7 @@ namespace fusedrnn::FUSEDRNN_TARGET {
 
 typedef uint64_t Words __attribute__((vector_size(sizeof(Native<double>::Reg))));
 
-// Of each word its lower half times its upper half: one instruction, which compilers do not find.
+// Of each word its lower half times its upper half, a product that compilers do not find.
 FUSEDRNN_INLINE Words multiply_halves(Words w) {
 #if FUSEDRNN_ISA_ID == FUSEDRNN_ISA_avx512
   return (Words)_mm512_mul_epu32((__m512i)w, (__m512i)(w >> 32));
@@ -16,8 +16,10 @@ FUSEDRNN_INLINE Words multiply_halves(Words w) {
   return (Words)_mm256_mul_epu32((__m256i)w, (__m256i)(w >> 32));
 #elif FUSEDRNN_ISA_ID == FUSEDRNN_ISA_v2
   return (Words)_mm_mul_epu32((__m128i)w, (__m128i)(w >> 32));
-#else
+#elif FUSEDRNN_ISA_ID == FUSEDRNN_ISA_neon
   return (Words)vmull_u32(vmovn_u64((uint64x2_t)w), vshrn_n_u64((uint64x2_t)w, 32));
+#else
+  return (w & 0xffffffffu) * (w >> 32);
 #endif
 }
 
@@ -31,9 +33,9 @@ uint64_t hash(const T* p, int64_t rows, ptrdiff_t stride, int64_t columns, uint6
   const int64_t bytes = columns * int64_t(sizeof(T)), row_words = ceil_div(stride * int64_t(sizeof(T)), 8);
   uint64_t total = 0;
   Words sum[n] = {};
-  for (int64_t r = 0; r < rows; ++r, p += stride, place += row_words) {
-    const char* data = reinterpret_cast<const char*>(p);
-    const auto key_of = [&](int64_t word) { return (place + uint64_t(word) + 1) * step; };
+  for (int64_t r = 0; r < rows; ++r) {
+    const char* const data = reinterpret_cast<const char*>(p + r * stride);
+    const auto key_of = [&](int64_t word) { return (place + uint64_t(r * row_words + word) + 1) * step; };
     Words key[n], words[n];
     for (int i = 0; i < n; ++i)
       for (int l = 0; l < lanes; ++l) key[i][l] = key_of(i * lanes + l);

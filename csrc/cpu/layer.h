@@ -35,9 +35,11 @@ FUSEDRNN_INLINE void prefetch(const T* p, int64_t n) {
 FUSEDRNN_INLINE int64_t largest(int64_t a, int64_t b) { return a > b ? a : b; }
 FUSEDRNN_INLINE int64_t smallest(int64_t a, int64_t b) { return a < b ? a : b; }
 
-// The i-th of n panels at step s: every other step goes through them backwards, and finds in its cache what the step
-// before used last. In one direction, panels that exceed the cache by a little would miss it altogether.
-FUSEDRNN_INLINE int64_t there_and_back(int64_t i, int64_t n, int64_t s) { return s % 2 == 0 ? i : n - 1 - i; }
+// The i-th piece of the panels at step s, or the last: every other step goes through them backwards, and finds in its cache
+// what the step before used last. In one direction, panels that exceed the cache by a little would miss it altogether.
+FUSEDRNN_INLINE Range there_and_back(const Cut& cut, int64_t i, int64_t s) {
+  return cut.piece(s % 2 == 0 ? i : largest(cut.pieces - 1 - i, 0));
+}
 
 // The share of a rank: `rows` rows of the batch, `first` and every `stride`-th after it, and blocks [b0, b1) of the hidden
 // units. Neighbouring rows, unless sequences differ in length: rows are sorted by it, and so are dealt out in turn.

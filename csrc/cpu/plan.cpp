@@ -14,7 +14,8 @@ namespace {
 
 PlanOverride override_values;
 
-// What things cost on a core of today, in nanoseconds; only their proportions matter. Measured on Zen 4, docs/performance.md.
+// What things cost on a core of today, in nanoseconds; only their proportions matter. Measured on Zen 4, what passes between
+// cores also on a Xeon: docs/performance.md.
 constexpr double fma_bytes_per_ns = 235.0;    // of vectors multiplied and added
 constexpr double l2_bytes_per_ns = 117.0;     // a panel read once per row tile
 constexpr double l3_bytes_per_ns = 90.0;      // a panel that the second level does not hold, once per step
@@ -26,6 +27,9 @@ constexpr double tile_ns = 8.0;
 constexpr double start_ns = 5000.0;           // handing work to another thread and waiting for it
 
 double barrier_ns(int members) { return hop_ns * Barrier::rounds(members); }
+
+// Backward packs in a round of its own before, and its threads meet around the weight gradients.
+double handing_ns(bool forward) { return start_ns * (forward ? 1 : 3); }
 
 // The time of one layer over all steps, cut `rows` x `units` ways.
 double layer_ns(const LayerSize& size, const Machine& machine, int rows, int units, bool forward) {
@@ -55,15 +59,14 @@ double layer_ns(const LayerSize& size, const Machine& machine, int rows, int uni
   const double products = forward ? double(size.I) : double(2 * size.I + size.H);
   const double rest = B * blocks * gates * products * vector_bytes / fma_bytes_per_ns;
   double ns = double(size.T) * (step + rest);
-  if (rows * units > 1) ns += start_ns * (forward ? 1 : 3);  // backward packs before, and meets at each chunk's end
-  if (rows * units > 1 && !forward) {
-    // The weight gradients read all gradients of a thread's blocks, and h and x as all threads packed them, of which each
-    // needs some columns where threads outnumber blocks.
-    const double threads = rows * units, all_blocks = double(ceil_div(size.H, size.lanes));
-    const double share = std::max(1 / threads, 1 / all_blocks);
-    const double row_bytes =
-        (gates * double(size.H) * share + double(size.H + size.I) / (share * threads)) * size.element_bytes;
-    ns += double(size.T * size.B) * row_bytes * (threads - 1) / threads / exchange_bytes_per_ns;
+  const double threads = rows * units;
+  if (threads > 1) ns += handing_ns(forward);
+  if (threads > 1 && !forward) {
+    // dW reads what other threads wrote: h and x, which all packed, and, where rows are cut, a block's gradients. (With one
+    // gate the two change places.)
+    const double h = double(size.H * size.cell->phases), gradients = rows > 1 ? gates * double(size.H) / threads : 0;
+    const double row_bytes = (gradients + h + double(size.I)) * size.element_bytes * (threads - 1) / threads;
+    ns += double(size.T * size.B) * row_bytes / exchange_bytes_per_ns;
   }
   return ns;
 }
@@ -96,33 +99,45 @@ Plan cut(const LayerSize& size, const Machine& machine, int threads, bool severa
   return best;
 }
 
+// The time of layers [begin, end) one after the other, to which the work is handed once.
+double layers_ns(const std::vector<LayerSize>& layers, int begin, int end, const Machine& machine, int threads, bool forward) {
+  double ns = 0;
+  int handed = 0;
+  for (int l = begin; l < end; ++l) {
+    const Plan plan = cut(layers[l], machine, threads, false, forward);
+    ns += 1e3 * plan.estimated_us;
+    handed += plan.threads() > 1;
+  }
+  return ns - (handed > 1 ? (handed - 1) * handing_ns(forward) : 0);
+}
+
 Wave wave(const std::vector<LayerSize>& layers, const Machine& machine, int threads, bool forward) {
   const int L = int(layers.size());
   Wave best;
-  double best_ns = 0;
-  for (const LayerSize& size : layers) best_ns += 1e3 * cut(size, machine, threads, false, forward).estimated_us;
-  best_ns *= 0.9;  // a wavefront must be clearly better: it is more to wait for
+  double best_ns =
+      0.9 * layers_ns(layers, 0, L, machine, threads, forward);  // it must be clearly better: it is more to wait for
   const int64_t most = layers[0].T / 2;
   for (int teams = 2; teams <= std::min(L, threads); ++teams) {
     if (override_values.teams > 0 && teams != std::min({override_values.teams, L, threads})) continue;
     double slowest = 0, per_range = 0;  // of any team
     for (int team = 0, l = 0; team < teams; ++team) {
-      double ns = 0, again = 0;
+      const int first = l;
+      double again = 0;
       for (; l < L && int64_t(l) * teams / L == team; ++l) {
         const LayerSize& size = layers[l];
-        ns += 1e3 * cut(size, machine, threads / teams, false, forward).estimated_us;
         // Each range reads W_ih again; in backward it reads and writes the gradients of all weights.
         const double row = double(size.cell->gates * size.H) * size.element_bytes;
         again += 2 * hop_ns +
                  (forward ? row * double(size.I) / l2_bytes_per_ns : 2 * row * double(size.I + size.H) / l3_bytes_per_ns);
       }
-      slowest = std::max(slowest, ns), per_range = std::max(per_range, again);
+      slowest = std::max(slowest, layers_ns(layers, first, l, machine, threads / teams, forward));
+      per_range = std::max(per_range, again);
     }
     int64_t ranges = int64_t(std::sqrt((teams - 1) * slowest / per_range));  // waiting at the start against work done again
     if (override_values.ranges > 0) ranges = override_values.ranges;
     ranges = std::min(std::max<int64_t>(ranges, 2), most);
     if (ranges < 2) continue;
-    const double ns = slowest * (1 + double(teams - 1) / double(ranges)) + double(ranges) * per_range + start_ns;
+    const double ns = slowest * (1 + double(teams - 1) / double(ranges)) + double(ranges) * per_range + handing_ns(forward);
     if (override_values.teams > 0 || ns < best_ns) best_ns = ns, best = {teams, ranges, ns * 1e-3};
   }
   return override_values.teams == 1 ? Wave{} : best;

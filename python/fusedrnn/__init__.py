@@ -13,7 +13,8 @@ plain NumPy: the maths, spelt out.
 
 from . import _core, reference
 from ._clip import clip_grad_norm
-from ._device import DeviceArray, device_array
+from ._device import device_array
+from ._device_array import DeviceArray
 from ._dtypes import bfloat16
 from ._frozen import Frozen, Stream
 from ._functional import (

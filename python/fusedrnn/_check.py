@@ -15,6 +15,7 @@ import numpy as np
 from numpy import ndarray
 
 from . import _dtypes
+from ._device_interop import place
 from ._typing import Array
 
 _FLOAT32, _FLOAT64 = np.dtype(np.float32), np.dtype(np.float64)
@@ -43,8 +44,6 @@ def _plain(where: str, name: str, value: Any) -> Array:
         raise TypeError(
             f"{where}: {name} must be a plain numpy.ndarray, got its subclass {type(value).__name__}"
         )
-    from ._device import place  # which imports this file
-
     at = place(value)
     if at not in (None, "cpu"):
         raise ValueError(

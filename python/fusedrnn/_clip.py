@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from . import _device
+from ._device_interop import place
 from ._tape import Grads
 from ._typing import Array, FloatArray
 
@@ -52,7 +52,7 @@ def _writable(value: Any) -> Array:
     array = value.flat if isinstance(value, Grads) else value
     if array is None:
         raise ValueError("clip_grad_norm: grads must hold gradients of parameters, got Grads without")
-    if not isinstance(array, np.ndarray) and (at := _device.place(array)) is not None:
+    if not isinstance(array, np.ndarray) and (at := place(array)) is not None:
         raise TypeError(
             f"clip_grad_norm: grads must be numpy arrays, got a {type(array).__name__} on {at}; "
             "its own library can clip it"

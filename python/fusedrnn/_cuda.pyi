@@ -1,7 +1,7 @@
 """The compiled module of the GPU's kernels, if there is one. It trusts what `_device` has checked.
 
-Arrays are shadows (see `_device.DeviceArray`) unless they are called host; streams are CUDA's handles, and
-a Buffer or a Tape holds the object that it was given (see `_device.StreamHandle`).
+Arrays are shadows (see `_device_array.DeviceArray`) unless they are called host; streams are CUDA's handles,
+and a Buffer or a Tape holds the object that it was given (see `_device_array.StreamHandle`).
 """
 
 from typing import Any, final

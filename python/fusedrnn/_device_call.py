@@ -9,7 +9,9 @@ from numpy import ndarray
 
 from . import _check
 from ._cuda_module import module
-from ._device import Device, DeviceArray, current_stream, library, place, running
+from ._device import Device
+from ._device_array import DeviceArray, current_stream, running
+from ._device_interop import library, place
 
 
 class Call:

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from typing import Any, TypeVar
 
 from . import _check
-from ._device import DeviceArray, order
+from ._device_array import DeviceArray, order
 from ._device_call import Call
 from ._stack import FINAL_GRADS, STATES, Stack, States
 from ._tape import Grads, Tape

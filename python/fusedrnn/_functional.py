@@ -12,7 +12,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy import ndarray
 
-from . import _check, _cuda_module, _device, _host
+from . import _check, _cuda_module, _device, _device_interop, _host
 from ._config import CELLS, Config, gru_cell as _gru_name, rnn_cell as _rnn_name
 from ._device_call import Call
 from ._params import Layout
@@ -45,7 +45,7 @@ def _stack(
 
 def _of_device(where: str, name: str, x: Any) -> Any:
     """The `Call` of an x that lies on a GPU; None for any other."""
-    at = _device.place(x)
+    at = _device_interop.place(x)
     if at is None or not at.startswith("cuda:"):
         return None
     _cuda_module.module()  # which says what is missing

@@ -7,9 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from . import _core, _device
+from . import _core
 from ._check import array, float_array, lengths, out, overlap, ready, shaped
 from ._core import Spec, backward, forward, pack
+from ._device_array import DeviceArray
 from ._typing import Array
 
 __all__ = [
@@ -35,7 +36,7 @@ def from_dict(value: Any) -> Any:
     """An entry of a state dict: of a framework's tensor, the array."""
     if isinstance(value, np.ndarray) or not hasattr(value, "__array__"):
         return value
-    return value.numpy() if isinstance(value, _device.DeviceArray) else np.asarray(value)
+    return value.numpy() if isinstance(value, DeviceArray) else np.asarray(value)
 
 
 def read_only(flat: Array) -> Array:

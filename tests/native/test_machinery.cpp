@@ -2,6 +2,7 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <chrono>
 #include <memory>
 #include <new>
@@ -274,32 +275,41 @@ void test_denormals() {
 }
 
 // The hash that hash.h describes, word by word.
-uint64_t plain_hash(const std::vector<float>& w, int64_t rows, int64_t stride, int64_t columns, uint64_t place) {
+template <class T>
+uint64_t plain_hash(const std::vector<T>& w, int64_t rows, int64_t stride, int64_t columns, uint64_t place) {
+  constexpr int64_t n = 8 / sizeof(T);  // elements of a word
   uint64_t sum = 0;
   for (int64_t r = 0; r < rows; ++r)
-    for (int64_t k = 0; k < columns; k += 2) {
+    for (int64_t k = 0; k < columns; k += n) {
       uint64_t word = 0;
-      memcpy(&word, &w[r * stride + k], sizeof(float) * std::min<int64_t>(2, columns - k));
-      const uint64_t key = (place + r * ((stride + 1) / 2) + k / 2 + 1) * 0x9e3779b97f4a7c15u, keyed = word ^ key;
+      memcpy(&word, &w[r * stride + k], sizeof(T) * std::min(n, columns - k));
+      const uint64_t key = (place + r * ceil_div(stride, n) + k / n + 1) * 0x9e3779b97f4a7c15u, keyed = word ^ key;
       sum += (keyed & 0xffffffffu) * (keyed >> 32) + word;
     }
   return sum;
 }
 
-void test_hash() {
-  const auto hash = kernels<float>().hash;
+template <class T>
+void check_hash() {
+  const auto hash = kernels<T>().hash;
   Random random(7);
-  std::vector<float> w(5 * 61);
-  for (float& v : w) v = float(random.normal());
+  std::vector<T> w(5 * 61);
+  for (T& v : w) v = T(random.normal());
   bool right = true;
-  for (int64_t columns : {1, 2, 15, 16, 17, 32, 47, 61})
-    right = right && hash(w.data(), 5, 61, columns, 3) == plain_hash(w, 5, 61, columns, 3);
+  for (int64_t columns : {0, 1, 2, 15, 16, 17, 32, 47, 61})
+    right = right && hash(w.data(), 5, 61, columns, 3) == plain_hash(w, 5, 61, columns, 3) &&
+            hash(w.data(), 1, 0, columns, 3) == plain_hash(w, 1, 0, columns, 3);
   check(right, "the hash of rows of any length");
-  check(hash(w.data(), 5, 60, 60, 3) == hash(w.data(), 5, 60, 44, 3) + hash(w.data() + 44, 5, 60, 16, 3 + 22),
+  check(hash(w.data(), 5, 60, 60, 3) == hash(w.data(), 5, 60, 44, 3) + hash(w.data() + 44, 5, 60, 16, 3 + 44 * sizeof(T) / 8),
         "the hash of a matrix is the sum of its pieces'");
   const uint64_t before = hash(w.data(), 5, 61, 61, 3);
   std::swap(w[100], w[102]);
   check(hash(w.data(), 5, 61, 61, 3) != before, "the hash tells places apart");
+}
+
+void test_hash() {
+  check_hash<float>();
+  check_hash<double>();
 }
 
 void test_settings() {

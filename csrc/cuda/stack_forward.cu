@@ -1,0 +1,166 @@
+#include <algorithm>
+
+#include "cuda/stack_work.h"
+#include "cuda/tape.h"
+
+namespace fusedrnn::cuda {
+namespace {
+
+// One forward pass of a stack: its workspace and what it launches.
+template <class T>
+class ForwardPass {
+  using S = Accumulate<T>;
+
+ public:
+  ForwardPass(const StackForward& call, Tape* tape)
+      : call_(call), tape_(tape), own_order_(tape ? nullptr : new Order(call.T_, call.B, call.lengths)),
+        w_(call.spec, call.options, call.device, call.stream, call.T_, order_, device_order_), y_(call.spec.L),
+        saved_(call.spec.count()), operand_(call.spec.count()) {
+    allocate();
+  }
+
+  void run() {
+    device_order_.fill(order_, w_.packed, call_.T_, call_.stream);
+    if (tape_) fill_tape();
+    if (w_.B == 0) return;
+    for (int64_t i = 0; i < spec_.count(); ++i)  // those of sequences that never run
+      for (int s = 0; s < cell_.states; ++s)
+        pass_states<T>(at<T>(call_.final_state[s], i * w_.B * w_.H), at<T>(call_.state[s], i * w_.B * w_.H), w_.H,
+                       order_.active[0], w_.packing(), call_.stream);
+    if (w_.steps > 0) layers();
+    if (tape_ || !direct_)
+      scatter<T>(Work<T>::template strided<T>(call_.y), y_[spec_.L - 1], w_.width, w_.width, false, w_.packing(), call_.stream);
+  }
+
+ private:
+  void allocate() {
+    const int64_t B = w_.B, N = w_.N, H = w_.H, L = spec_.L;
+    Arena& kept = tape_ ? tape_->arena : arena_;
+    device_order_.want(kept, order_);
+    if (tape_) {
+      for (int64_t i = 0; i < spec_.count(); ++i) {
+        kept.want(&saved_[i], {N, cell_.saved, H});
+        if (cell_.phases > 1) kept.want(&operand_[i], {N, H});
+      }
+      for (T*& l : y_) kept.want(&l, {N, w_.width});
+      if (call_.state[0]) kept.want(&h0_, {spec_.count(), B, H});
+      kept.want(&tape_->sums, {2});
+    } else {
+      for (int n = 0; n < 2; ++n)  // layers in turns, the last one's where it cannot go to its place
+        if (L - direct_ > n) arena_.want(&between_[n], {N, w_.width});
+    }
+    for (int d = 0; d < spec_.D; ++d) {
+      // In packed order the rows of a range of steps lie side by side, unless they end at different times and go
+      // backward.
+      PerDirection& own = own_[d];
+      own.chunk =
+          spec_.backward_in_time(d) && !w_.packed ? w_.steps : chunk_steps(w_.steps, B * cell_.input.count * H * sizeof(S));
+      arena_.want(&own.input, {std::min(N, own.chunk * B), cell_.input.count, H});
+      arena_.want(&own.bias, {cell_.slots, H});
+      if (cell_.states > 1) arena_.want(&own.carry, {B, H});
+      if (cell_.phases > 1) arena_.want(&own.slots, {B, cell_.slots, H});
+      if (cell_.phases > 1 && !tape_) arena_.want(&own.operand, {B, H});
+    }
+    if (!w_.is_packed(call_.x, spec_.I)) arena_.want(&x_room_, {N, spec_.I});
+    if (drops_) arena_.want(&masked_, {N, w_.width});
+    if (tape_) kept.allocate(call_.device, call_.stream);
+    arena_.allocate(call_.device, call_.stream);
+  }
+
+  void fill_tape() {
+    tape_->active = device_order_.active, tape_->length = device_order_.length, tape_->from = device_order_.from;
+    tape_->offset = device_order_.offset, tape_->h0 = h0_;
+    std::copy(y_.begin(), y_.end(), tape_->y.begin());
+    std::copy(saved_.begin(), saved_.end(), tape_->saved.begin());
+    std::copy(operand_.begin(), operand_.end(), tape_->operand.begin());
+    if (h0_)
+      FUSEDRNN_CUDA(cudaMemcpyAsync(h0_, call_.state[0], spec_.count() * w_.B * w_.H * sizeof(T), cudaMemcpyDeviceToDevice,
+                                    call_.stream));
+    w_.checksums(tape_->sums, call_.x, call_.weights);
+  }
+
+  void layers() {
+    Fork fork(call_.device, call_.stream, spec_.D);
+    const T* x = w_.rows_of(call_.x, spec_.I, x_room_);
+    for (int64_t l = 0; l < spec_.L; ++l) {
+      const bool top = l == spec_.L - 1;
+      if (!tape_) y_[l] = top && direct_ ? static_cast<T*>(call_.y.data) : between_[l % 2];
+      fork.begin();
+      for (int d = 0; d < spec_.D; ++d) direction(l, d, x, fork.of(d));
+      fork.join();
+      x = y_[l];
+      if (!top && drops_) {
+        dropout<T>(y_[l], masked_, w_.width, l + 1, call_.dropout, call_.seed, w_.packing(), call_.stream);
+        x = masked_;
+      }
+    }
+  }
+
+  // One layer in one direction, from packed rows x (N, I).
+  void direction(int64_t l, int d, const T* x, cudaStream_t on) {
+    const int64_t i = l * spec_.D + d, I = spec_.input_size(l), H = w_.H, steps = w_.steps;
+    const Weights& weights = call_.weights[i];
+    const PerDirection& own = own_[d];
+    ForwardArgs<T> a{};
+    a.schedule = w_.schedule(spec_.backward_in_time(d));
+    a.H = int(H);
+    a.bias = own.bias, a.carry = own.carry, a.slots = own.slots;
+    a.w_hh = static_cast<const T*>(weights.w_hh);
+    for (int s = 0; s < cell_.states; ++s) {
+      a.state[s] = at<T>(call_.state[s], i * w_.B * H);
+      a.final_state[s] = at<T>(call_.final_state[s], i * w_.B * H);
+    }
+    a.y = y_[l] + d * H, a.y_row = w_.width;
+    a.saved = tape_ ? saved_[i] : nullptr;
+    a.operand = tape_ ? operand_[i] : own.operand;
+    slot_biases<T>(own.bias, static_cast<const T*>(weights.b_ih), static_cast<const T*>(weights.b_hh), cell_, H, on);
+    for (a.begin = 0; a.begin < steps; a.begin = a.end) {
+      a.end = int(std::min(a.begin + own.chunk, steps));
+      const bool back = a.schedule.backward_in_time, all = a.end - a.begin == steps;
+      const int64_t first = all ? 0 : order_.offset[back ? steps - a.end : a.begin];
+      const int64_t rows = all ? w_.N : order_.offset[back ? steps - a.begin : a.end] - first;
+      w_.project_input(own.input, x + first * I, rows, static_cast<const T*>(weights.w_ih), I, on);
+      a.input = own.input - first * cell_.input.count * H;  // it is indexed by the row
+      w_.run_layer(a, false, on);
+    }
+  }
+
+  const StackForward& call_;
+  Tape* const tape_;  // null: inference
+  const Spec& spec_ = call_.spec;
+  const CellInfo& cell_ = spec_.info();
+  const std::unique_ptr<Order> own_order_;
+  const Order& order_ = tape_ ? tape_->order : *own_order_;
+  DeviceOrder device_order_;
+  const Work<T> w_;
+  const bool direct_ = w_.is_packed(call_.y, w_.width);  // inference writes the last layer's y where it is wanted
+  const bool drops_ = tape_ && call_.dropout > 0 && spec_.L > 1;
+
+  Arena arena_;
+  std::vector<T*> y_, saved_, operand_;  // see Tape
+  T *between_[2] = {}, *masked_ = nullptr, *x_room_ = nullptr, *h0_ = nullptr;
+  struct PerDirection {
+    S *input, *bias, *carry, *slots;
+    T* operand;
+    int64_t chunk;  // steps
+  } own_[2] = {};
+};
+
+}  // namespace
+
+std::shared_ptr<Tape> run_forward(const StackForward& call, bool training) {
+  const OnDevice here(call.device);
+  require_no_capture(call.stream);
+  std::shared_ptr<Tape> tape;
+  if (training) tape = std::make_shared<Tape>(call);
+  with_type(call.dtype, [&](auto t) { ForwardPass<decltype(t)>(call, tape.get()).run(); });
+  if (tape) {
+    FUSEDRNN_CUDA(cudaEventCreateWithFlags(&tape->ready, cudaEventDisableTiming));
+    FUSEDRNN_CUDA(cudaEventRecord(tape->ready, call.stream));
+  }
+  return tape;
+}
+
+int64_t tape_bytes(const Tape& tape) { return int64_t(tape.arena.bytes()); }
+
+}  // namespace fusedrnn::cuda

@@ -1,0 +1,115 @@
+"""Arrays of other libraries on a GPU: taken without a copy, and given back as what they were."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy import ndarray
+
+from . import _dtypes
+from ._cuda_module import emulated, module
+from ._device_array import CODES, DL_CPU, DL_CUDA, DL_MANAGED, DeviceArray, Memory, StreamHandle
+from ._dtypes import bfloat16
+
+
+def place(value: Any) -> str | None:
+    """The device that an array of any library is on; None for what is no array with memory of its own."""
+    if isinstance(value, ndarray):
+        return "cpu"
+    if isinstance(value, DeviceArray):
+        return value.device
+    if hasattr(type(value), "__dlpack_device__"):
+        kind, index = value.__dlpack_device__()
+        if kind in (DL_CUDA, DL_MANAGED):
+            return f"cuda:{index}"
+        if kind == DL_CPU:
+            return "cuda:0" if emulated() else "cpu"
+        return f"a device of DLPack's type {int(kind)}"
+    interface = getattr(value, "__cuda_array_interface__", None)
+    if interface is None:
+        return None
+    try:
+        return f"cuda:{module().device_of(interface['data'][0])}"
+    except RuntimeError:  # without kernels there is no telling which
+        return "a GPU"
+
+
+def taken(where: str, name: str, value: Any, stream: int) -> DeviceArray:
+    """Another library's array on a GPU as one of ours: the same memory, ready for use on `stream`."""
+    cuda = module()
+    if hasattr(type(value), "__dlpack__"):
+        held = cuda.from_dlpack(_capsule(where, name, value, stream))
+        code, width, lanes = held.dtype
+        dtype = CODES.get((code, width))
+        if dtype is None or lanes != 1:
+            raise TypeError(
+                f"{where}: {name} must have dtype float32, float64, float16 or bfloat16, "
+                f"got {getattr(value, 'dtype', 'another')}; convert it in its own library"
+            )
+        shadow = cuda.shadow(
+            held, held.pointer, held.shape, held.strides, _dtypes.bits(dtype), held.writeable
+        )
+        return DeviceArray(shadow, dtype, Memory(held, held.device_id, stream))
+    interface = value.__cuda_array_interface__
+    dtype = np.dtype(interface["typestr"])
+    if dtype not in _dtypes.DEVICE:
+        raise TypeError(
+            f"{where}: {name} must have dtype float32, float64 or float16, got {dtype}; "
+            "convert it in its own library"
+        )
+    pointer, read_only = interface["data"]
+    index = cuda.device_of(pointer)
+    shadow = cuda.shadow(
+        value, pointer, interface["shape"], interface.get("strides"), dtype, not read_only
+    )
+    written_on = interface.get("stream")
+    memory = Memory(value, index, stream if written_on is None else 0 if written_on == 1 else written_on)
+    memory.order(stream)
+    memory.stream = stream
+    return DeviceArray(shadow, dtype, memory)
+
+
+def _capsule(where: str, name: str, value: Any, stream: int) -> Any:
+    options: dict[str, Any] = {} if emulated() else {"stream": stream or 1}
+    try:
+        try:
+            return value.__dlpack__(max_version=(1, 0), **options)
+        except TypeError:  # made before DLPack 1.0
+            return value.__dlpack__(**options)
+    except (BufferError, RuntimeError, TypeError) as error:
+        raise TypeError(f"{where}: {name} cannot be taken from its library: {error}") from None
+
+
+class Library(NamedTuple):
+    """Whose arrays a call took, and so gives back."""
+
+    give: Callable[[DeviceArray], Any]
+    stream: int
+    host: bool = False  # numpy
+    waits: bool = False  # what it frees it may use again at once, on a stream that is not known here
+
+
+def library(value: Any, index: int) -> Library:
+    """The library of an array, and the stream that its work goes to at the moment."""
+    if isinstance(value, ndarray):
+        ml_dtype = value.dtype if value.dtype.name == bfloat16.name else None
+        return Library(lambda a: a._host().view(ml_dtype) if ml_dtype else a._host(), 0, host=True)
+    if isinstance(value, DeviceArray):
+        return Library(lambda a: a, value._memory.stream)
+    name = type(value).__module__.partition(".")[0]
+    owner: Any = sys.modules.get(name)
+    stream = 0
+    if name == "torch" and not emulated():
+        current = owner.cuda.current_stream(index)
+        stream = StreamHandle(current.cuda_stream, current)
+    elif name == "cupy":
+        current = owner.cuda.get_current_stream()
+        stream = StreamHandle(current.ptr, current)
+    if hasattr(value, "__array_namespace__"):
+        owner = value.__array_namespace__()
+    give = getattr(owner, "from_dlpack", None) if isinstance(owner, ModuleType) else None
+    return Library(give or (lambda a: a), stream, waits=name not in ("torch", "cupy"))
