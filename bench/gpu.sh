@@ -32,7 +32,7 @@ check() {
   step "Tests of the core on the card"
   ctest --test-dir "$work/native" --output-on-failure -R cuda
   step "Tests of the module on the card"
-  python3 -m pytest tests/test_device.py
+  python3 -m pytest tests/test_device*.py
   python3 -m pytest tests/test_kernels.py tests/test_errors.py tests/test_bad_options.py -k cuda
 }
 
@@ -41,7 +41,7 @@ sanitize() {
   for tool in memcheck racecheck; do
     step "compute-sanitizer $tool, small cases"
     compute-sanitizer --tool "$tool" --error-exitcode 9 --target-processes all \
-      python3 -m pytest -x tests/test_device.py -k "numpy_in and (float32 or bfloat16)"
+      python3 -m pytest -x tests/test_device_arrays.py -k "numpy_in and (float32 or bfloat16)"
   done
 }
 

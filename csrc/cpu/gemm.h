@@ -81,9 +81,9 @@ FUSEDRNN_INLINE void multiply_depth(Vec<T> (&acc)[MR][NB * width], const T* cons
   }
 }
 
-// acc += A B over k elements of each row from `offset` on, `stride` apart: MR rows by NB blocks of NG vectors (`stride` is that of columns). A block has
-// `width` vectors in acc, of which those of the product are number `first` and the next. If it `asks`, then
-// for k vectors from `ahead` on.
+// acc += A B over k elements of each row from `offset` on (of columns `stride` apart): MR rows by NB blocks of NG vectors. A
+// block has `width` vectors in acc, of which those of the product are number `first` and the next. If it `asks`, it asks for
+// k vectors from `ahead` on meanwhile.
 template <class T, int MR, int NG, int NB, bool asks, int width = NG, int first = 0, Layout layout = Layout::rows>
 FUSEDRNN_INLINE void multiply(Vec<T> (&acc)[MR][NB * width], const T* const (&a)[MR], ptrdiff_t offset, ptrdiff_t stride,
                               int64_t k, const T* b, ptrdiff_t b_block, const T* ahead) {

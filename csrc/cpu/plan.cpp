@@ -60,10 +60,11 @@ double layer_ns(const LayerSize& size, const Machine& machine, int rows, int uni
   const double rest = B * blocks * gates * products * vector_bytes / fma_bytes_per_ns;
   double ns = double(size.T) * (step + rest);
   const double threads = rows * units;
-  if (threads > 1) ns += handing_ns(forward);
-  if (threads > 1 && !forward) {
-    // dW reads what other threads wrote: h and x, which all packed, and, where rows are cut, a block's gradients. (With one
-    // gate the two change places.)
+  if (threads == 1) return ns;
+  ns += handing_ns(forward);
+  if (!forward) {
+    // dW reads what other threads wrote: h and x, which all packed, and, where rows are cut, its blocks' gradients. (With
+    // one gate it reads all gradients, and its own columns of h and x.)
     const double h = double(size.H * size.cell->phases), gradients = rows > 1 ? gates * double(size.H) / threads : 0;
     const double row_bytes = (gradients + h + double(size.I)) * size.element_bytes * (threads - 1) / threads;
     ns += double(size.T * size.B) * row_bytes / exchange_bytes_per_ns;
@@ -114,8 +115,8 @@ double layers_ns(const std::vector<LayerSize>& layers, int begin, int end, const
 Wave wave(const std::vector<LayerSize>& layers, const Machine& machine, int threads, bool forward) {
   const int L = int(layers.size());
   Wave best;
-  double best_ns =
-      0.9 * layers_ns(layers, 0, L, machine, threads, forward);  // it must be clearly better: it is more to wait for
+  // A wavefront must be clearly better: it is more to wait for.
+  double best_ns = 0.9 * layers_ns(layers, 0, L, machine, threads, forward);
   const int64_t most = layers[0].T / 2;
   for (int teams = 2; teams <= std::min(L, threads); ++teams) {
     if (override_values.teams > 0 && teams != std::min({override_values.teams, L, threads})) continue;

@@ -1,0 +1,289 @@
+"""Arrays on a GPU, ours and other libraries': taken without a copy, and given back in the caller's kind."""
+
+import gc
+import pickle
+import sys
+import types
+import weakref
+
+import numpy as np
+import pytest
+from bound import (
+    OFFERED,
+    as_tuple,
+    assert_same_bits,
+    draw,
+    run,
+    there,
+)  # fmt: skip
+from devices import EMULATED, eps, exact, host, needs_gpu, numpy_dtype, on_device
+from gpu_cases import B, H, I, T, every_cell, every_gpu_dtype, gpu_case, results
+
+import fusedrnn as fr
+from fusedrnn import _cuda_module, _device_interop
+
+
+@needs_gpu
+@every_gpu_dtype
+def test_arrays_go_there_and_come_back(dtype):
+    a = np.random.default_rng(0).standard_normal((4, 5, 6)).astype(numpy_dtype(dtype))
+    there_ = fr.device_array(a)
+    assert (there_.shape, there_.strides, there_.ndim, there_.size) == (a.shape, a.strides, 3, a.size)
+    assert there_.dtype == a.dtype and there_.device == "cuda:0" and len(there_) == 4
+    assert repr(there_) == f"DeviceArray(shape=(4, 5, 6), dtype={dtype}, device='cuda:0')"
+    assert_same_bits({"a": there_.numpy()}, {"a": a})
+    for view in (lambda x: x[1:, ::2], lambda x: x[2], lambda x: x.swapaxes(0, 2), lambda x: x[::-1, None]):
+        assert_same_bits({"a": view(there_).numpy()}, {"a": view(a)})
+        assert_same_bits({"a": view(there_).copy().numpy()}, {"a": view(a)})
+    assert_same_bits({"a": there_.reshape(20, 6).numpy()}, {"a": a.reshape(20, 6)})
+    np.testing.assert_array_equal(there_.numpy(np.float32), a.astype(np.float32))
+    other = pickle.loads(pickle.dumps(there_))
+    there_[:, 1] = a[:, 0].copy()
+    there_[0] = there_[3]
+    want = a.copy()
+    want[:, 1], want[0] = a[:, 0], a[3]
+    want[0, 1] = a[3, 0]
+    assert_same_bits({"a": there_.numpy()}, {"a": want})
+    assert_same_bits({"a": other.numpy()}, {"a": a})
+
+
+@needs_gpu
+def test_what_a_device_array_refuses():
+    a = fr.device_array(np.zeros((2, 3), np.float32))
+    with pytest.raises(TypeError, match=r"is on cuda:0; copy it to the host with \.numpy\(\)"):
+        np.asarray(a)
+    with pytest.raises(TypeError, match="an index must be an integer, a slice, None or"):
+        a[[0, 1]]
+    with pytest.raises(ValueError, match="only C-contiguous arrays reshape"):
+        a.swapaxes(0, 1).reshape(6)
+    with pytest.raises(ValueError, match=r"value must have shape \(3,\), got \(2,\)"):
+        a[0] = np.zeros(2, np.float32)
+    with pytest.raises(TypeError, match="value must have dtype float32, got float64"):
+        a[0] = np.zeros(3)
+    with pytest.raises(TypeError, match="dtype must be float32, float64, float16 or bfloat16, got int64"):
+        fr.device_array(np.zeros(3, np.int64))
+    with pytest.raises(TypeError, match="array must be a numpy.ndarray or a DeviceArray, got list"):
+        fr.device_array([1.0])
+    with pytest.raises(TypeError, match="cannot be iterated over"):
+        list(a)
+
+
+@needs_gpu
+def test_arrays_are_lent_by_dlpack_and_taken_back():
+    a = np.arange(12, dtype=np.float32).reshape(3, 4)
+    ours = fr.device_array(a)
+    for options in ({}, {"max_version": (1, 0)}):
+        taken = _device_interop.taken("test", "x", _Lender(ours, options), 0)
+        assert (taken.shape, taken.strides, taken.dtype) == (ours.shape, ours.strides, ours.dtype)
+        taken[0] = a[2].copy()
+        np.testing.assert_array_equal(ours.numpy()[0], a[2])
+    frozen = fr.LSTM(I, H, device="cuda").freeze()
+    with pytest.raises(BufferError, match="is read-only, which DLPack before version 1 cannot say"):
+        frozen.params["weight_hh_l0"].__dlpack__()
+    with pytest.raises(BufferError, match="not copied to another device"):
+        ours.__dlpack__(dl_device=(4, 0))
+
+
+class _Lender:
+    """An array of another library, with DLPack alone."""
+
+    def __init__(self, array, options):
+        self.array, self.options = array, options
+
+    def __dlpack__(self, *, stream=None):
+        return self.array.__dlpack__(stream=stream, **self.options)
+
+    def __dlpack_device__(self):
+        return self.array.__dlpack_device__()
+
+
+class _Interface:
+    """An array of another library, with __cuda_array_interface__ alone."""
+
+    def __init__(self, array, **changes):
+        self.array = array
+        self.__cuda_array_interface__ = {**array.__cuda_array_interface__, **changes}
+
+
+
+
+# --- Whose arrays come out ----------------------------------------------------------------------------------
+
+
+@needs_gpu
+@every_cell
+@every_gpu_dtype
+def test_numpy_in_numpy_out_with_the_bits_of_arrays_there(cell, dtype):
+    call = draw(gpu_case(cell, dtype, L=2, D=2, ragged=True))
+    got = results(call, call)
+    assert all(type(a) is np.ndarray and a.dtype == numpy_dtype(dtype) for a in got.values())
+    assert_same_bits(got, run(call))
+
+
+@needs_gpu
+@every_cell
+def test_device_arrays_in_device_arrays_out(cell):
+    call = draw(gpu_case(cell))
+    got = results(call, there(call))
+    assert all(type(a) is fr.DeviceArray for a in got.values())
+
+
+@needs_gpu
+@every_cell
+@every_gpu_dtype
+def test_torch_in_torch_out_on_the_same_memory(cell, dtype):
+    torch = pytest.importorskip("torch")
+    place = "cpu" if EMULATED else "cuda"
+    if not EMULATED and not torch.cuda.is_available():
+        pytest.skip("this PyTorch has no CUDA")
+
+    def tensor(a):
+        exactly = torch.from_numpy(np.ascontiguousarray(exact(a)))
+        return exactly.to(device=place, dtype=getattr(torch, dtype))
+
+    def tensors(state):
+        return tuple(map(tensor, state)) if isinstance(state, tuple) else tensor(state)
+
+    def numbers(t):
+        return t.detach().cpu().double().numpy()
+
+    call = draw(gpu_case(cell, dtype, L=2, ragged=True))
+    given = call._replace(
+        x=tensor(call.x), dy=tensor(call.dy), state=tensors(call.state), dstate=tensors(call.dstate)
+    )
+    want = {name: exact(a) for name, a in run(call).items()}
+    got = results(call, given)
+    for name, t in got.items():
+        assert isinstance(t, torch.Tensor) and t.dtype == getattr(torch, dtype), name
+        np.testing.assert_array_equal(numbers(t), want[name])
+
+    out = torch.full((T, B, 2 * H), torch.nan, dtype=getattr(torch, dtype), device=place)[..., :H]
+    y, _ = call.layer(given.x, given.state, call.lengths, out=out)
+    assert y is out
+    np.testing.assert_array_equal(numbers(out), want["y"])
+
+    flat = torch.from_dlpack(call.layer.flat_params)  # an optimiser's view
+    flat.mul_(0)
+    assert not call.layer.flat_params.numpy().astype(bool).any()
+    with pytest.raises(TypeError, match="x cannot be taken from its library: .*detach"):
+        call.layer(given.x.requires_grad_())
+
+
+@needs_gpu
+@every_cell
+def test_functional_forms_answer_in_kind(cell):
+    call = draw(gpu_case(cell))
+    _, options, name = OFFERED[cell]
+    forward, backward = getattr(fr, f"{name}_forward"), getattr(fr, f"{name}_backward")
+    weights = tuple(call.layer.params.values())
+    lent = [_Lender(a, {}) for a in (on_device(call.x), *weights)]
+    *out, tape = forward(*lent, **options)
+    grads = backward(tape, on_device(call.dy))
+    assert all(type(a) is fr.DeviceArray for a in (*out, grads.x, grads.flat, grads.w_hh, grads.h0))
+    y, *_ = getattr(fr, name)(on_device(call.x), *weights, **options)
+    assert_same_bits({"y": out[0].numpy()}, {"y": y.numpy()})
+    step = getattr(fr, f"{name}_cell")
+    states = [None] * len(as_tuple(call.state))
+    h, *_ = as_tuple(step(on_device(call.x[0]), *states, *weights, **options))
+    bound = 8 * (I + H) * eps(np.dtype(np.float32))
+    assert type(h) is fr.DeviceArray and np.abs(h.numpy() - host(y)[0]).max() <= bound
+
+
+@needs_gpu
+@every_cell
+@every_gpu_dtype
+@pytest.mark.parametrize("lay_out", [np.asfortranarray, lambda a: np.repeat(a, 2, axis=-1)[..., ::2]])
+def test_weights_and_states_of_any_strides_give_the_same_bits(cell, dtype, lay_out):
+    call = draw(gpu_case(cell, dtype))
+    _, options, name = OFFERED[cell]
+
+    def compute(arrange):
+        given = [arrange(a) for a in (call.x, *map(host, call.layer.params.values()))]
+        states = [arrange(s[0]) for s in as_tuple(call.state)]
+        *out, tape = getattr(fr, f"{name}_forward")(*map(on_device, (*given, *states)), **options)
+        grads = getattr(fr, f"{name}_backward")(tape, on_device(arrange(call.dy)))
+        return {str(k): host(a) for k, a in enumerate((*out, grads.x, grads.flat))}
+
+    assert_same_bits(compute(lay_out), compute(np.ascontiguousarray))
+
+
+@needs_gpu
+def test_cuda_array_interface_is_taken_and_given():
+    call = draw(gpu_case(given="y", state="zeros"))
+    x = on_device(call.x)
+    want = call.layer(x)[0].numpy()
+    for changes in ({}, {"stream": None}, {"strides": x.strides}, {"version": 2}):
+        y, _ = call.layer(_Interface(x, **changes))
+        np.testing.assert_array_equal(y.numpy(), want)
+    assert "stream" in y.__cuda_array_interface__ and y.__cuda_array_interface__["typestr"] == "<f4"
+    with pytest.raises(TypeError, match="x must have dtype float32, float64 or float16, got int32"):
+        call.layer(_Interface(x, typestr="<i4"))
+    with pytest.raises(ValueError, match="out must be writeable, got a read-only array"):
+        call.layer(x, out=_Interface(on_device(call.dy), data=(y.__cuda_array_interface__["data"][0], True)))
+
+
+@needs_gpu
+def test_memory_of_another_stream_is_taken_after_its_work_and_given_back_after_the_call(monkeypatch):
+    call = draw(gpu_case())
+    x, other, waits = on_device(call.x), 7, []
+    cuda = _cuda_module.module()
+    monkeypatch.setattr(cuda, "wait", lambda _, waiter, before: waits.append((waiter, before)))
+    monkeypatch.setattr(call.layer.flat_params._memory, "stream", other)
+    call.layer(x)
+    assert waits == [(0, other), (other, 0)]
+
+
+class _CupysStream:
+    """A stream as CuPy has it: gone with its object."""
+
+    ptr = 0
+
+
+class _Cupys(_Lender):
+    __module__ = "cupy.fake"
+
+
+@needs_gpu
+@pytest.mark.parametrize("kept", ["y", "state", "tape", "grads", "out", "stream"])
+def test_what_a_call_leaves_keeps_its_stream_alive(monkeypatch, kept):
+    current = [_CupysStream()]
+    gone = weakref.ref(current[0])
+    cupy = types.ModuleType("cupy")
+    cupy.cuda = types.SimpleNamespace(get_current_stream=lambda: current[0])
+    cupy.from_dlpack = lambda array: _cuda_module.module().from_dlpack(array.__dlpack__())
+    monkeypatch.setitem(sys.modules, "cupy", cupy)
+
+    call = draw(gpu_case(state="zeros", given="y"))
+    x, dy = _Cupys(on_device(call.x), {}), _Cupys(on_device(call.dy), {})
+    y, state, tape = call.layer.forward(x)
+    steps = call.layer.freeze().stream(B)
+    left = {
+        "y": y, "state": state, "tape": tape, "stream": steps, "out": steps.step(_Cupys(x.array[0], {})),
+        "grads": call.layer.backward(call.layer.forward(x)[-1], dy).x,
+    }[kept]  # fmt: skip
+    del y, state, tape, steps
+    current[0] = _CupysStream()
+    gc.collect()
+    assert gone() is not None
+    if kept == "tape":
+        call.layer.backward(left, dy)
+    del left
+    gc.collect()
+    assert gone() is None
+
+
+@needs_gpu
+@every_cell
+@pytest.mark.parametrize("kind", ["numpy", "arrays"])
+def test_accumulation_is_into_the_callers_arrays(cell, kind):
+    call = draw(gpu_case(cell, L=2))
+    given = call if kind == "numpy" else there(call)
+    _, _, tape = call.layer.forward(given.x, given.state)
+    once = call.layer.backward(tape, given.dy, given.dstate, retain=True)
+    total = call.layer.backward(tape, given.dy, given.dstate, retain=True)
+    held = total.x, total.flat, *as_tuple(total.state)
+    assert call.layer.backward(tape, given.dy, given.dstate, accumulate_into=total) is total
+    for before, a, b in zip(held, (total.x, total.flat, *as_tuple(total.state)),
+                            (once.x, once.flat, *as_tuple(once.state)), strict=True):  # fmt: skip
+        assert a is before
+        np.testing.assert_allclose(host(a), 2 * host(b), rtol=1e-5, atol=1e-6)
