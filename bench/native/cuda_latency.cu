@@ -18,6 +18,41 @@ namespace {
 
 constexpr int threads = 256;
 
+// What the kernels do without: flags in global memory, and copies to another block of a cluster.
+#if defined(FUSEDRNN_EMULATED)
+int load_acquire(const int* p) { return *p; }
+void store_release(int* p, int v) { *p = v; }
+void add_release(int* p, int v) { *p += v; }
+void show_to_copies() {}
+void copy_to_peer(SharedAddress at, int bytes, unsigned rank, SharedAddress barrier) {
+  for (unsigned i = 0; i < unsigned(bytes); i += 16) send(at + i, load_shared<Words>(at + i), rank, barrier);
+}
+#else
+__device__ int load_acquire(const int* p) {
+  int v;
+  asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(v) : "l"(p) : "memory");
+  return v;
+}
+__device__ void store_release(int* p, int v) {
+  asm volatile("st.release.gpu.global.s32 [%0], %1;" ::"l"(p), "r"(v) : "memory");
+}
+__device__ void add_release(int* p, int v) {
+  asm volatile("red.release.gpu.global.add.s32 [%0], %1;" ::"l"(p), "r"(v) : "memory");
+}
+#if FUSEDRNN_CLUSTERS
+__device__ void show_to_copies() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+__device__ void copy_to_peer(SharedAddress at, int bytes, unsigned rank, SharedAddress barrier) {
+  asm volatile(
+      "{ .reg .b32 to, bar;\n"
+      "mapa.shared::cluster.u32 to, %0, %3;\n"
+      "mapa.shared::cluster.u32 bar, %1, %3;\n"
+      "cp.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes [to], [%0], %2, [bar]; }" ::"r"(at),
+      "r"(barrier), "r"(bytes), "r"(rank)
+      : "memory");
+}
+#endif
+#endif
+
 // ---- within a cluster
 
 __global__ void cluster_barrier(int rounds, float*) {
@@ -26,26 +61,45 @@ __global__ void cluster_barrier(int rounds, float*) {
 #endif
 }
 
-// All blocks of a cluster of `blocks` give one another `bytes` each, and go on when they have all: a step's exchange
-// without a step. Two buffers, as in persistent.cuh.
+// A step's exchange without a step: all blocks of a cluster of `blocks` give one another `bytes` each, and go on when they
+// have all. Two buffers, as in persistent.cuh. By stores, a warp's to one block (what the kernels do) or to several, or by
+// copies, which the warps ask for.
+enum class By { stores, scattered_stores, copies };
+
+template <By by>
 __global__ void cluster_exchange(int rounds, int blocks, int bytes, float*) {
 #if FUSEDRNN_CLUSTERS
-  uint64_t* barrier = shared_memory<uint64_t>();
-  unsigned char* operand = shared_memory<unsigned char>() + 128;
-  const int rank = int(blockIdx.x) % blocks, vectors = bytes / 16;
+  const SharedAddress shared = shared_address(shared_memory<unsigned char>());
+  const int rank = int(blockIdx.x) % blocks, warp = warp_of_thread(), lane = lane_of_thread();
+  const unsigned arriving = unsigned((blocks - 1) * bytes);
   if (threadIdx.x == 0) {
-    for (int k = 0; k < 2; ++k) {
-      barrier_init(barrier + k);
-      barrier_expect(barrier + k, unsigned(blocks * bytes));
+    for (unsigned k = 0; k < 2; ++k) {
+      barrier_init(shared + 8 * k);
+      barrier_expect(shared + 8 * k, arriving);
     }
     barrier_init_done();
   }
   sync_cluster();
   for (int i = 0; i < rounds; ++i) {
-    for (int v = int(threadIdx.x); v < vectors * blocks; v += threads)
-      send(operand + (i % 2 * blocks + rank) * bytes + v / blocks * 16, no_words(), unsigned(v % blocks), barrier + i % 2);
-    barrier_wait(barrier + i % 2, unsigned(i / 2 % 2));
-    if (threadIdx.x == 0) barrier_expect(barrier + i % 2, unsigned(blocks * bytes));
+    const SharedAddress own = shared + 128 + unsigned((i % 2 * blocks + rank) * bytes), barrier = shared + 8 * (i & 1);
+    for (int at = int(threadIdx.x) * 16; at < bytes; at += threads * 16) store_shared(own + unsigned(at), no_words());
+    if constexpr (by == By::copies) show_to_copies();
+    sync_block();
+    if constexpr (by == By::stores) {
+      for (int at = lane * 16; at < bytes; at += 32 * 16) {
+        const Words words = load_shared<Words>(own + unsigned(at));
+        for (int to = warp; to < blocks; to += threads / 32)
+          if (to != rank) send(own + unsigned(at), words, unsigned(to), barrier);
+      }
+    } else if constexpr (by == By::scattered_stores) {
+      for (int v = int(threadIdx.x); v < bytes / 16 * blocks; v += threads)
+        if (v % blocks != rank) send(own + unsigned(v / blocks * 16), no_words(), unsigned(v % blocks), barrier);
+    } else {
+      for (int to = warp; to < blocks; to += threads / 32)
+        if (lane == 0 && to != rank) copy_to_peer(own, bytes, unsigned(to), barrier);
+    }
+    barrier_wait(barrier, unsigned(i / 2 % 2));
+    if (threadIdx.x == 0) barrier_expect(barrier, arriving);
     sync_block();
   }
   sync_cluster();
@@ -54,24 +108,50 @@ __global__ void cluster_exchange(int rounds, int blocks, int bytes, float*) {
 
 // ---- through global memory
 
-// A store by each block, a flag, its polling by all, and the fetch of `bytes` of each of `blocks` blocks.
+// Each of `blocks` blocks stores `bytes`, and all fetch what all have stored. They see by the values that these are there,
+// from memory that each round has of its own (what the kernels do).
 __global__ void grid_exchange(int rounds, int blocks, int bytes, unsigned char* memory) {
-  int* flags = reinterpret_cast<int*>(memory);
-  unsigned char *handed = memory + 4096, *operand = shared_memory<unsigned char>();
-  const int rank = int(blockIdx.x) % blocks, lane = lane_of_thread(), warp = warp_of_thread(), warps = threads / 32;
-  const int first = blocks * warp / warps, n = blocks * (warp + 1) / warps - first;
-  for (int i = 0; i < rounds; ++i) {
-    unsigned char* buffer = handed + i % 2 * blocks * bytes;
-    for (int at = int(threadIdx.x) * 16; at < bytes; at += threads * 16)
-      store_shared_by_blocks(buffer + rank * bytes + at, no_words());
+  const int rank = int(blockIdx.x) % blocks, all = blocks * bytes;
+  const SharedAddress operand = shared_address(shared_memory<unsigned char>());
+  for (int i = 0; i < rounds; ++i, memory += all) {
+    for (int at = int(threadIdx.x) * 16; at < bytes; at += threads * 16) store_given(memory + rank * bytes + at, no_words());
+    constexpr int batch = 4;
+    for (int at = int(threadIdx.x) * 16; at < all; at += batch * threads * 16) {
+      Words w[batch];
+#pragma unroll
+      for (int n = 0; n < batch; ++n)
+        if (at + n * threads * 16 < all) w[n] = load_given(memory + at + n * threads * 16);
+#pragma unroll
+      for (int n = 0; n < batch; ++n) {
+        const int next = at + n * threads * 16;
+        if (next >= all) continue;
+        while (w[n].w[0] == not_given) {
+          poll_pause();
+          w[n] = load_given(memory + next);
+        }
+        store_shared(operand + unsigned(next), w[n]);
+      }
+    }
     sync_block();
-    if (threadIdx.x == 0) store_release(flags + rank, i + 1);
-    for (int r = lane; r < n; r += 32)
-      while (load_acquire(flags + first + r) <= i) poll_pause();
-    sync_warp();
-    for (int at = lane * 16; at < n * bytes; at += 32 * 16)
-      copy_async(operand + first * bytes + at, buffer + first * bytes + at);
-    copy_async_wait();
+  }
+}
+
+// The same by a count of the blocks that have stored, and two buffers.
+__global__ void grid_exchange_counted(int rounds, int blocks, int bytes, unsigned char* memory) {
+  const int rank = int(blockIdx.x) % blocks, all = blocks * bytes;
+  int* count = reinterpret_cast<int*>(memory);
+  const SharedAddress operand = shared_address(shared_memory<unsigned char>());
+  for (int i = 0; i < rounds; ++i) {
+    unsigned char* buffer = memory + 128 + i % 2 * all;
+    for (int at = int(threadIdx.x) * 16; at < bytes; at += threads * 16) store_given(buffer + rank * bytes + at, no_words());
+    sync_block();
+    if (threadIdx.x == 0) {
+      add_release(count, 1);
+      while (load_acquire(count) < (i + 1) * blocks) poll_pause();
+    }
+    sync_block();
+    for (int at = int(threadIdx.x) * 16; at < all; at += threads * 16)
+      store_shared(operand + unsigned(at), load_given(buffer + at));
     sync_block();
   }
 }
@@ -138,6 +218,7 @@ struct Table {
   double mhz;
   unsigned char* memory;
   size_t memory_bytes;
+  int fill = 0;  // its bytes before a launch
 
   // Microseconds of a launch: the median of `repeats`.
   template <class Run>
@@ -147,7 +228,7 @@ struct Table {
     FUSEDRNN_CUDA(cudaEventCreate(&begin));
     FUSEDRNN_CUDA(cudaEventCreate(&end));
     for (int i = 0; i < repeats + 2; ++i) {  // two to warm up
-      FUSEDRNN_CUDA(cudaMemset(memory, 0, memory_bytes));
+      FUSEDRNN_CUDA(cudaMemset(memory, fill, memory_bytes));
       FUSEDRNN_CUDA(cudaEventRecord(begin, nullptr));
       run();
       FUSEDRNN_CUDA(cudaEventRecord(end, nullptr));
@@ -183,7 +264,7 @@ int run(int rounds, int repeats) {
   const Machine& machine = machine_of(0);
   int khz = 0;
   if (cudaDeviceGetAttribute(&khz, cudaDevAttrClockRate, 0) != cudaSuccess || khz == 0) khz = 1000000;
-  Table table{rounds, repeats, khz / 1e3, nullptr, 8 << 20};
+  Table table{rounds, repeats, khz / 1e3, nullptr, size_t(1) << 28};
   FUSEDRNN_CUDA(cudaMalloc(&table.memory, table.memory_bytes));
   float* out = reinterpret_cast<float*>(table.memory);
   int driver = 0, runtime = 0;
@@ -199,24 +280,19 @@ int run(int rounds, int repeats) {
     how.cluster = blocks;
     const std::string of = " of " + std::to_string(blocks);
     table.row("cluster" + of + ": barrier", how, cluster_barrier, 0, "", out);
-    for (const int bytes : {64, 512, 2048, 4096})
-      table.row("cluster" + of + ": each gives all " + std::to_string(bytes) + " bytes", how, cluster_exchange,
-                double(bytes) * blocks, "bytes", blocks, bytes, out);
+    for (const int bytes : {128, 512, 2048}) {
+      const std::string each = "cluster" + of + ": each gives all " + std::to_string(bytes) + " bytes, by ";
+      const double all = double(bytes) * blocks;
+      table.row(each + "stores", how, cluster_exchange<By::stores>, all, "bytes", blocks, bytes, out);
+      table.row(each + "scattered stores", how, cluster_exchange<By::scattered_stores>, all, "bytes", blocks, bytes, out);
+      table.row(each + "copies", how, cluster_exchange<By::copies>, all, "bytes", blocks, bytes, out);
+    }
     Launch full = how;
-    full.grid = dim3(unsigned(machine.processors / blocks * blocks));
-    table.row("the same, 2048 bytes, as many clusters as there are", full, cluster_exchange, 2048.0 * blocks, "bytes", blocks,
-              2048, out);
-    cudaLaunchAttribute attribute;
-    attribute.id = cudaLaunchAttributeClusterDimension;
-    attribute.val.clusterDim = {unsigned(blocks), 1, 1};
-    cudaLaunchConfig_t config{};
-    config.gridDim = full.grid, config.blockDim = threads, config.dynamicSmemBytes = full.shared;
-    config.attrs = &attribute, config.numAttrs = 1;
-    int clusters = 0;
-    if (blocks > 8) FUSEDRNN_CUDA(cudaFuncSetAttribute(cluster_exchange, cudaFuncAttributeNonPortableClusterSizeAllowed, 1));
-    FUSEDRNN_CUDA(cudaFuncSetAttribute(cluster_exchange, cudaFuncAttributeMaxDynamicSharedMemorySize, int(full.shared)));
-    cudaOccupancyMaxActiveClusters(&clusters, cluster_exchange, &config);
-    printf("cluster%s: %d of them are resident at once\n", of.c_str(), clusters);
+    full.grid = dim3(unsigned(machine.clusters[blocks == 2 ? 1 : blocks == 4 ? 2 : blocks == 8 ? 3 : 4] * blocks));
+    if (full.grid.x == 0) continue;
+    table.row("the same by stores, 2048 bytes, all clusters at once", full, cluster_exchange<By::stores>, 2048.0 * blocks, "bytes",
+              blocks, 2048, out);
+    printf("cluster%s: %d of them are resident at once\n", of.c_str(), int(full.grid.x) / blocks);
   }
   {
     Launch two{2, 32};
@@ -225,12 +301,16 @@ int run(int rounds, int repeats) {
   }
   for (const int blocks : {16, 32, 64, 128}) {
     if (blocks > machine.processors) continue;
-    for (const int bytes : {64, 256, 1024}) {
+    for (const int bytes : {128, 256, 1024}) {
       Launch how{unsigned(blocks), threads, size_t(160) << 10};
       how.cooperative = true;
-      if (size_t(blocks) * bytes <= how.shared)
-        table.row("grid of " + std::to_string(blocks) + ": each gives all " + std::to_string(bytes) + " bytes", how,
-                  grid_exchange, double(bytes) * blocks, "bytes", blocks, bytes, table.memory);
+      if (size_t(blocks) * bytes > how.shared || size_t(2 * rounds) * blocks * bytes > table.memory_bytes) continue;
+      const std::string each = "grid of " + std::to_string(blocks) + ": each gives all " + std::to_string(bytes) + " bytes, seen by ";
+      const double all = double(bytes) * blocks;
+      table.fill = 0xff;
+      table.row(each + "their values", how, grid_exchange, all, "bytes", blocks, bytes, table.memory);
+      table.fill = 0;
+      table.row(each + "a count", how, grid_exchange_counted, all, "bytes", blocks, bytes, table.memory);
     }
   }
   const double products = 16 * 8 * 16 * (threads / 32);
@@ -248,9 +328,9 @@ int run(int rounds, int repeats) {
 }  // namespace fusedrnn::cuda
 
 int main(int argc, char** argv) {
-  const int rounds = argc > 1 ? atoi(argv[1]) : 2000, repeats = argc > 2 ? atoi(argv[2]) : 15;
+  const int rounds = argc > 1 ? atoi(argv[1]) : 1000, repeats = argc > 2 ? atoi(argv[2]) : 15;
   if (rounds < 1 || repeats < 1) {
-    fprintf(stderr, "usage: %s [rounds, 2000] [repeats, 15]\n", argv[0]);
+    fprintf(stderr, "usage: %s [rounds, 1000] [repeats, 15]\n", argv[0]);
     return 2;
   }
   try {

@@ -35,8 +35,12 @@ struct Schedule {
   const int* length;      // (batch): sorted, longest first
   const int64_t* offset;  // (steps + 1)
   const int* from;        // (batch): the caller's index of sequence j, for states
+  bool uniform;           // all sequences have `steps` steps: rows follow from that, without a look at the arrays
   // The packed row of step s, in the order of processing, of sequence j < active[s].
-  FUSEDRNN_HD_INLINE int64_t row(int s, int j) const { return offset[backward_in_time ? length[j] - 1 - s : s] + j; }
+  FUSEDRNN_HD_INLINE int64_t row(int s, int j) const {
+    if (uniform) return int64_t(backward_in_time ? steps - 1 - s : s) * batch + j;
+    return offset[backward_in_time ? length[j] - 1 - s : s] + j;
+  }
 };
 
 template <class T>
@@ -44,17 +48,18 @@ struct ForwardArgs {
   Schedule schedule;
   int begin, end;  // the steps to run; where they do not start at 0, `carry` and y hold what was left by the last call
   int H;
-  const Accumulate<T>* input;  // (N, input.count, H): W_ih x, without bias; only the rows of the steps to run are there
+  const Accumulate<T>* input;  // (N, H, input.count): W_ih x, without bias; only the rows of the steps to run are there
   const T* w_hh;               // (gates*H, H), as the caller's
   const Accumulate<T>* bias;   // (slots, H): b_ih and b_hh as the slots take them
   const T* state[max_states];  // (B, H) in the caller's order, or null for zeros
   T* final_state[max_states];  // (B, H) in the caller's order
   T* y;                        // (N, H), rows y_row elements apart; read again as h_{t-1}
   int64_t y_row;
-  T* saved;              // (N, saved, H), or null for inference
+  T* saved;              // (N, H, saved), or null for inference
   T* operand;            // (N, H) operands of the second phase, or (B, H) for inference; null with one phase
   Accumulate<T>* carry;  // (B, H) by sorted sequence: c between steps, where it is in no register
   Accumulate<T>* slots;  // (B, slots, H) likewise: pre-activations from phase to phase
+  int64_t steps() const { return end - begin; }
 };
 
 template <class T>
@@ -67,6 +72,7 @@ struct BackwardArgs {
   const T* w_hh_t[max_phases];        // (H, recurrent[p].count * H): W_hh transposed, columns by slot, then unit
   T* gates;                           // (N, slots, H): the slots' gradients
   Accumulate<T>* carry[max_states];  // (B, H) by sorted sequence: dh and dc between steps, where they are in no register
+  int64_t steps() const { return forward.schedule.steps; }
 };
 
 }  // namespace fusedrnn::cuda

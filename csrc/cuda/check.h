@@ -36,7 +36,7 @@ struct Launch {
   dim3 grid, block;
   size_t shared = 0;  // bytes
   cudaStream_t stream = nullptr;
-  int cluster = 1;           // blocks, along x
+  int cluster = 0;           // blocks, along x; 0: there are no clusters
   bool cooperative = false;  // all blocks are resident
 };
 
@@ -56,7 +56,7 @@ template <class... Params, class... Args>
   cudaLaunchConfig_t config{};
   config.gridDim = how.grid, config.blockDim = how.block, config.dynamicSmemBytes = how.shared;
   config.stream = how.stream, config.attrs = attributes;
-  if (how.cluster > 1) {
+  if (how.cluster > 0) {
     attributes[config.numAttrs].id = cudaLaunchAttributeClusterDimension;
     attributes[config.numAttrs].val.clusterDim = {unsigned(how.cluster), 1, 1};
     ++config.numAttrs;

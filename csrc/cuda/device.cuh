@@ -13,14 +13,14 @@
 
 namespace fusedrnn::cuda {
 
-// Every sum is of the accumulating type; arrays are read and written through these.
-__device__ __forceinline__ float widen(float x) { return x; }
-__device__ __forceinline__ double widen(double x) { return x; }
-__device__ __forceinline__ float widen(__half x) { return __half2float(x); }
-__device__ __forceinline__ float widen(__nv_bfloat16 x) { return __bfloat162float(x); }
+// Every sum is of the accumulating type; arrays are read and written through these, by tests on the host too.
+__host__ __device__ __forceinline__ float widen(float x) { return x; }
+__host__ __device__ __forceinline__ double widen(double x) { return x; }
+__host__ __device__ __forceinline__ float widen(__half x) { return __half2float(x); }
+__host__ __device__ __forceinline__ float widen(__nv_bfloat16 x) { return __bfloat162float(x); }
 
 template <class T>
-__device__ __forceinline__ T narrow(Accumulate<T> x) {
+__host__ __device__ __forceinline__ T narrow(Accumulate<T> x) {
   if constexpr (sizeof(T) == sizeof(Accumulate<T>))
     return x;
   else if constexpr (std::is_same_v<T, __half>)

@@ -14,6 +14,18 @@ struct alignas(16) Words {  // what one thread loads at once
 
 __device__ __forceinline__ Words no_words() { return {{0, 0, 0, 0}}; }
 
+// What 16 bytes start with that nobody has given yet; another NaN in place of a number that looks like that.
+constexpr uint32_t not_given = 0xffffffffu;
+template <class T>
+__device__ __forceinline__ T not_a_sign_of_absence(T value) {
+  using Bits = std::conditional_t<sizeof(T) == 4, uint32_t, uint16_t>;
+  Bits bits;
+  memcpy(&bits, &value, sizeof bits);
+  if (bits == Bits(not_given)) bits = Bits(not_given) >> 1;
+  memcpy(&value, &bits, sizeof bits);
+  return value;
+}
+
 }  // namespace fusedrnn::cuda
 
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
@@ -56,28 +68,76 @@ __device__ __forceinline__ uint32_t round_to_tf32(uint32_t x) {
   return y;
 }
 
-__device__ __forceinline__ uint32_t shared_address(const void* p) { return uint32_t(__cvta_generic_to_shared(p)); }
+// Shared memory by its address, of 32 bits: what a thread keeps of it is then one register, and computed once.
+using SharedAddress = uint32_t;
 
-// 16 bytes of global memory, that other blocks may have written while this kernel runs, to shared memory. There when
-// this thread has waited, and for others after a barrier.
-__device__ __forceinline__ void copy_async(void* to, const void* from) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(to)), "l"(from) : "memory");
-}
-__device__ __forceinline__ void copy_async_wait() { asm volatile("cp.async.wait_all;" ::: "memory"); }
-__device__ __forceinline__ void store_shared_by_blocks(void* p, Words v) {
-  asm volatile("st.global.cg.v4.u32 [%0], {%1,%2,%3,%4};" ::"l"(p), "r"(v.w[0]), "r"(v.w[1]), "r"(v.w[2]), "r"(v.w[3])
-               : "memory");
-}
-
-// A flag in global memory: what its writer, and whoever met it at a barrier before, wrote is seen by who reads it, and
-// by whoever meets that one at a barrier after.
-__device__ __forceinline__ int load_acquire(const int* p) {
-  int v;
-  asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(v) : "l"(p) : "memory");
+__device__ __forceinline__ SharedAddress shared_address(const void* p) { return uint32_t(__cvta_generic_to_shared(p)); }
+template <class V>
+__device__ __forceinline__ V load_shared(SharedAddress at) {
+  V v;
+  if constexpr (sizeof(V) == 16) {
+    uint32_t w[4];
+    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(w[0]), "=r"(w[1]), "=r"(w[2]), "=r"(w[3]) : "r"(at) : "memory");
+    memcpy(&v, w, 16);
+  } else if constexpr (sizeof(V) == 8) {
+    uint32_t w[2];
+    asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(w[0]), "=r"(w[1]) : "r"(at) : "memory");
+    memcpy(&v, w, 8);
+  } else {
+    static_assert(sizeof(V) == 4, "16, 8 or 4 bytes");
+    uint32_t w;
+    asm volatile("ld.shared.u32 %0, [%1];" : "=r"(w) : "r"(at) : "memory");
+    memcpy(&v, &w, 4);
+  }
   return v;
 }
-__device__ __forceinline__ void store_release(int* p, int v) {
-  asm volatile("st.release.gpu.global.s32 [%0], %1;" ::"l"(p), "r"(v) : "memory");
+template <class V>
+__device__ __forceinline__ void store_shared(SharedAddress at, V v) {
+  if constexpr (sizeof(V) == 16) {
+    uint32_t w[4];
+    memcpy(w, &v, 16);
+    asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(at), "r"(w[0]), "r"(w[1]), "r"(w[2]), "r"(w[3]) : "memory");
+  } else if constexpr (sizeof(V) == 8) {
+    uint32_t w[2];
+    memcpy(w, &v, 8);
+    asm volatile("st.shared.v2.u32 [%0], {%1, %2};" ::"r"(at), "r"(w[0]), "r"(w[1]) : "memory");
+  } else if constexpr (sizeof(V) == 4) {
+    uint32_t w;
+    memcpy(&w, &v, 4);
+    asm volatile("st.shared.u32 [%0], %1;" ::"r"(at), "r"(w) : "memory");
+  } else {
+    static_assert(sizeof(V) == 2, "16, 8, 4 or 2 bytes");
+    uint16_t w;
+    memcpy(&w, &v, 2);
+    asm volatile("st.shared.u16 [%0], %1;" ::"r"(at), "h"(w) : "memory");
+  }
+}
+// x, which the compiler then keeps in a register and does not compute again.
+__device__ __forceinline__ int kept(int x) {
+  asm("" : "+r"(x));
+  return x;
+}
+
+// a where first, else b: a branch around a shuffle would keep lanes apart.
+__device__ __forceinline__ float pick(bool first, float a, float b) {
+  float y;
+  asm("{ .reg .pred p; setp.ne.u32 p, %3, 0; selp.f32 %0, %1, %2, p; }" : "=f"(y) : "f"(a), "f"(b), "r"(uint32_t(first)));
+  return y;
+}
+
+// 16 bytes that blocks of a running kernel hand one another through global memory: seen whole, or not at all.
+__device__ __forceinline__ Words load_given(const void* p) {
+  uint64_t low, high;
+  asm volatile("{ .reg .b128 v; ld.relaxed.gpu.global.b128 v, [%2]; mov.b128 {%0, %1}, v; }"
+               : "=l"(low), "=l"(high)
+               : "l"(p)
+               : "memory");
+  return {{uint32_t(low), uint32_t(low >> 32), uint32_t(high), uint32_t(high >> 32)}};
+}
+__device__ __forceinline__ void store_given(void* p, Words v) {
+  const uint64_t low = uint64_t(v.w[1]) << 32 | v.w[0], high = uint64_t(v.w[3]) << 32 | v.w[2];
+  asm volatile("{ .reg .b128 v; mov.b128 v, {%1, %2}; st.relaxed.gpu.global.b128 [%0], v; }" ::"l"(p), "l"(low), "l"(high)
+               : "memory");
 }
 __device__ __forceinline__ void poll_pause() {}
 
@@ -92,33 +152,32 @@ __device__ __forceinline__ void sync_cluster() {
 
 // A barrier in shared memory whose phase ends with one arrival and with all the bytes that the arrival expects. Phases
 // have parity 0, 1, 0, ... Bytes of the next phase may come before its arrival.
-__device__ __forceinline__ void barrier_init(uint64_t* barrier) {
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(shared_address(barrier)) : "memory");
+__device__ __forceinline__ void barrier_init(SharedAddress barrier) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(barrier) : "memory");
 }
 __device__ __forceinline__ void barrier_init_done() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
-__device__ __forceinline__ void barrier_expect(uint64_t* barrier, unsigned bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes) : "memory");
+__device__ __forceinline__ void barrier_expect(SharedAddress barrier, unsigned bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
 }
-__device__ __forceinline__ void barrier_wait(uint64_t* barrier, unsigned parity) {
+__device__ __forceinline__ void barrier_wait(SharedAddress barrier, unsigned parity) {
   uint32_t done;
   do {
-    asm volatile("{ .reg .pred p; mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
+    asm volatile("{ .reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
                  : "=r"(done)
-                 : "r"(shared_address(barrier)), "r"(parity)
+                 : "r"(barrier), "r"(parity)
                  : "memory");
   } while (!done);
 }
 
-// Stores v where block `rank` of the cluster has what this block has at p; the store tells that block's twin of
+// Stores v where block `rank` of the cluster has what this block has at `at`; the store tells that block's twin of
 // `barrier` of 16 bytes.
-__device__ __forceinline__ void send(void* p, Words v, unsigned rank, uint64_t* barrier) {
+__device__ __forceinline__ void send(SharedAddress at, Words v, unsigned rank, SharedAddress barrier) {
   asm volatile(
       "{ .reg .b32 to, bar;\n"
       "mapa.shared::cluster.u32 to, %0, %2;\n"
       "mapa.shared::cluster.u32 bar, %1, %2;\n"
-      "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [to], {%3,%4,%5,%6}, [bar]; }" ::"r"(
-          shared_address(p)),
-      "r"(shared_address(barrier)), "r"(rank), "r"(v.w[0]), "r"(v.w[1]), "r"(v.w[2]), "r"(v.w[3])
+      "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [to], {%3,%4,%5,%6}, [bar]; }" ::"r"(at),
+      "r"(barrier), "r"(rank), "r"(v.w[0]), "r"(v.w[1]), "r"(v.w[2]), "r"(v.w[3])
       : "memory");
 }
 

@@ -159,6 +159,14 @@ constexpr int transpose_tile = 32;
 
 // to[u][i * H + v] = w[gate of slot i * H + v][u], tile by tile; z is the slot of the span.
 template <class T>
+__global__ void interleave_kernel(T* to, const T* w_ih, SlotGates g, Span span, int64_t H, int64_t I) {
+  for_rows(H, span.count, [&](int64_t u, int64_t i) {
+    const T* from = w_ih + (g.gate[span.first + i] * H + u) * I;
+    for_columns(I, [&](int64_t c) { to[(u * span.count + i) * I + c] = from[c]; });
+  });
+}
+
+template <class T>
 __global__ void transpose_kernel(T* to, const T* w, SlotGates g, int first, int count, int64_t H) {
   T* tile = shared_memory<T>();  // [32][33]: neighbours in a column lie in different banks
   const int i = int(blockIdx.z);
@@ -304,6 +312,11 @@ void slot_biases(Accumulate<T>* to, const T* b_ih, const T* b_hh, const CellInfo
 }
 
 template <class T>
+void interleave_weights(T* to, const T* w_ih, const CellInfo& cell, Span span, int64_t H, int64_t I, cudaStream_t stream) {
+  launch("interleave_weights", over_rows(H * span.count, stream), interleave_kernel<T>, to, w_ih, slot_gates(cell), span, H, I);
+}
+
+template <class T>
 void transpose_weights(T* to, const T* w_hh, const CellInfo& cell, Span span, int64_t H, cudaStream_t stream) {
   const auto tiles = unsigned(ceil_div(H, transpose_tile));
   launch("transpose_weights",
@@ -348,6 +361,7 @@ void add_checksum(unsigned long long* sum, const Strided<const T>& a, int64_t wi
   template void add_to(T*, const T*, int64_t, cudaStream_t);                                                                \
   template void previous_states(T*, const ForwardArgs<T>&, int64_t, cudaStream_t);                                          \
   template void slot_biases<T>(Accumulate<T>*, const T*, const T*, const CellInfo&, int64_t, cudaStream_t);                 \
+  template void interleave_weights(T*, const T*, const CellInfo&, Span, int64_t, int64_t, cudaStream_t);                    \
   template void transpose_weights(T*, const T*, const CellInfo&, Span, int64_t, cudaStream_t);                              \
   template void bias_gradients<T>(T*, T*, const T*, Accumulate<T>*, int64_t, const CellInfo&, int64_t, bool, cudaStream_t); \
   template void add_checksum(unsigned long long*, const T*, int64_t, int64_t, cudaStream_t);                                \

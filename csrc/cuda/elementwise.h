@@ -61,6 +61,10 @@ void previous_states(T* to, const ForwardArgs<T>& args, int64_t T_, cudaStream_t
 template <class T>
 void slot_biases(Accumulate<T>* to, const T* b_ih, const T* b_hh, const CellInfo& cell, int64_t H, cudaStream_t stream);
 
+// The gates of the slots of `span` side by side for each hidden unit: to (H, count, I) from w_ih (gates*H, I).
+template <class T>
+void interleave_weights(T* to, const T* w_ih, const CellInfo& cell, Span span, int64_t H, int64_t I, cudaStream_t stream);
+
 // W_hh of the slots of a span, transposed: see BackwardArgs.
 template <class T>
 void transpose_weights(T* to, const T* w_hh, const CellInfo& cell, Span span, int64_t H, cudaStream_t stream);

@@ -2,6 +2,7 @@
 
 #include <stdlib.h>
 
+#include <algorithm>
 #include <atomic>
 #include <map>
 #include <mutex>
@@ -27,7 +28,7 @@ cudaMemPool_t pool_of(int device) {
   properties.location.id = device;
   cudaMemPool_t made;
   FUSEDRNN_CUDA(cudaMemPoolCreate(&made, &properties));
-  uint64_t keep = kept_bytes();
+  uint64_t keep = kept_bytes(device);
   FUSEDRNN_CUDA(cudaMemPoolSetAttribute(made, cudaMemPoolAttrReleaseThreshold, &keep));
   return pool = made;
 }
@@ -37,12 +38,13 @@ cudaMemPool_t pool_of(int device) {
 void set_forked() { forked.store(true, std::memory_order_relaxed); }
 bool is_forked() { return forked.load(std::memory_order_relaxed); }
 
-uint64_t kept_bytes() {
-  static const uint64_t bytes = [] {
-    const char* text = getenv("FUSEDRNN_CUDA_POOL_BYTES");
-    return text && *text ? strtoull(text, nullptr, 10) : uint64_t(256) << 20;
-  }();
-  return bytes;
+uint64_t kept_bytes(int device) {
+  const char* text = getenv("FUSEDRNN_CUDA_POOL_BYTES");
+  if (text && *text) return strtoull(text, nullptr, 10);
+  const OnDevice on(device);
+  size_t free = 0, all = 0;
+  FUSEDRNN_CUDA(cudaMemGetInfo(&free, &all));
+  return std::max<uint64_t>(uint64_t(256) << 20, all / 16);
 }
 
 OnDevice::OnDevice(int device) {

@@ -56,7 +56,8 @@ class OnDevice {
 void set_forked();
 bool is_forked();
 
-// From FUSEDRNN_CUDA_POOL_BYTES, or 256 MiB: what the pool of each device keeps.
-uint64_t kept_bytes();
+// What the pool of a device keeps: from FUSEDRNN_CUDA_POOL_BYTES, or a sixteenth of the device's memory, 256 MiB at least.
+// A training step must find in it what the last one freed, or waits for the driver.
+uint64_t kept_bytes(int device);
 
 }  // namespace fusedrnn::cuda

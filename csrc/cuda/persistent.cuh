@@ -3,23 +3,18 @@
 // are on chip, partial sums meet in shared memory, the cell, hand the new values to all blocks of the group, then write
 // what nobody waits for.
 //
-// Nothing else keeps blocks in step. The operand has two buffers, used in turn, and that is enough: a block that hands
-// over part n has had every part n-1, and whoever gave part n-1 was done reading the operand n-2 that part n replaces.
+// Nothing else keeps blocks in step. Of a cluster, the operand has two buffers, used in turn, and that is enough: a block
+// that gives part n has had every part n-1, and whoever gave part n-1 was done reading the operand n-2 that part n replaces.
 #pragma once
 
 #include "cuda/check.h"
 #include "cuda/persistent_exchange.cuh"
 #include "cuda/persistent_product.cuh"
+#include "cuda/quick_activations.cuh"
 
 namespace fusedrnn::cuda {
 
-// Slots of the widest operand; the slots' gates, four bits each, since device code cannot index Cell::slot_gate.
-template <class Cell>
-constexpr int most_operand_slots(bool backward) {
-  int most = 1;
-  for (int q = 0; backward && q < Cell::phases; ++q) most = Cell::recurrent[q].count > most ? Cell::recurrent[q].count : most;
-  return most;
-}
+// The slots' gates, four bits each, since device code cannot index Cell::slot_gate.
 template <class Cell>
 constexpr int pack_slot_gates() {
   int gates = 0;
@@ -29,94 +24,106 @@ constexpr int pack_slot_gates() {
 
 template <class T, class Cell, bool backward, class Hands>
 struct Persistent {
-  using V = Scalar<float>;
+  using V = CellValue<T>;
   using Args = std::conditional_t<backward, BackwardArgs<T>, ForwardArgs<T>>;
   static constexpr int phases = Cell::phases, pairs = persistent_pairs;
   static constexpr int vector = 16 / int(sizeof(T)), chunk = chunk_bytes / int(sizeof(T));
-  static constexpr int operand_slots = most_operand_slots<Cell>(backward), gates_of_slots = pack_slot_gates<Cell>();
-  static constexpr int vectors = 32 / vector;  // of the values that a warp's lanes hold, one each
+  static constexpr int gates_of_slots = pack_slot_gates<Cell>();
 
   template <int q>
-  static constexpr int in_registers = chunks_in_registers(sizeof(T), backward, phases, q);
-  template <int q>
-  struct Held {  // a warp's weights
-    Words w[in_registers<q>][4];
+  static constexpr int results = backward ? 1 : Cell::recurrent[q].count;
+  // Partial sums, of which the tile has [depth_warps][cells][lane].
+  template <int n>
+  struct alignas(n == 1 ? 4 : n == 2 ? 8 : 16) Sums {
+    float of[n == 3 ? 4 : n];
   };
+  template <int q>
+  static constexpr int held_words = words_in_registers(sizeof(T), backward, phases, q);
 
   const PersistentPlan& plan;
   const Args& a;
   const ForwardArgs<T>& f;
   const Hands exchange;
+  const SharedAddress shared = exchange.shared;
   const int lane = lane_of_thread(), warp = warp_of_thread(), g = lane / 4, quarter = lane % 4;
-  const int slice = int(blockIdx.x) / plan.blocks, first_unit = int(blockIdx.x) % plan.blocks * plan.units;
-  const int first_row = slice * plan.columns;  // sequence of the batch
-  const int width = f.schedule.batch - first_row < plan.columns ? f.schedule.batch - first_row : plan.columns;
+  const bool single;  // of one sequence
+  const int first_unit = exchange.rank * plan.units;
+  const int first_row;  // sequence of the batch
   const int begin = backward ? 0 : f.begin;  // the steps to run: [begin, steps)
   const int steps = backward || f.schedule.length[first_row] < f.end ? f.schedule.length[first_row] : f.end;
 
-  // Pair p of this thread: a hidden unit of a sequence. None where length is 0.
+  // Pair p of this thread: a hidden unit of a sequence. A warp's 32 lie side by side in the tile: 8 units by 4 sequences.
   struct Pair {
-    int unit, sequence;  // of all; of the batch, sorted
-    int length;
-    int at;                // in a slot's rows of the tile
+    int unit, column;      // of the block; of the slice, below 0 where this lane has no pair
+    int length;            // of the sequence; 0 where there is none
     int row, next, after;  // packed rows of the step whose values were asked for and of the two that follow
+    int place[phases], turn[phases];  // bytes: where it is in each stage's operand; its sequence there, turned
   } pair[pairs];
-  struct Vector {      // 16 bytes of the operand that this lane gives to some of the blocks
-    int column, unit;  // of the slice; of the block. column < 0: none
-  } give[pairs];
-  Held<0> held0;
-  Held<phases - 1> held1;
+  // What this warp multiplies in each stage.
+  struct Part {
+    int groups, tile;     // of 8 units, how many of its own there are; bytes: where the tile has the first. 0: none
+    int chunks, operand;  // of k; bytes: where its lane reads the first
+    int vector, to;       // what this thread gives first: 16 bytes of the block's part, to which block
+  } part[phases];
+  Words held0[held_words<0>], held1[held_words<phases - 1>];  // weights
 
   __device__ __forceinline__ Persistent(const PersistentPlan& plan, const Args& a, const ForwardArgs<T>& f, Hands exchange)
-      : plan(plan), a(a), f(f), exchange(exchange) {
+      : plan(plan), a(a), f(f), exchange(exchange), single(plan.places == 1),
+        first_row(int(blockIdx.x) / plan.blocks * plan.columns) {
+    const int width = f.schedule.batch - first_row < plan.columns ? f.schedule.batch - first_row : plan.columns;
+    const int columns = single ? 1 : plan.places / 4;  // cells of 8 units: every other one of 8 sequences each
 #pragma unroll
     for (int p = 0; p < pairs; ++p) {
-      const int e = p * persistent_threads + int(threadIdx.x), column = e / plan.units, u = e % plan.units;
-      const bool there = column < width && first_unit + u < f.H;
-      const int j = there ? first_row + column : 0;
-      pair[p] = {there ? first_unit + u : 0, j, there ? f.schedule.length[j] : 0, column * plan.tile_rows + u, 0, 0, 0};
-      const int v = p * persistent_threads + warp * 32 + lane % vectors * vector;
-      give[p] = {v / plan.units < width ? v / plan.units : -1, v % plan.units};
+      const int cell = p * persistent_warps + warp, c = cell % columns;
+      const int unit = cell / columns * lane_units + g, column = single ? quarter : c / 2 * 8 + 2 * quarter + c % 2;
+      const bool there = cell < plan.cells && column < plan.places, valid = there && column < width && first_unit + unit < f.H;
+      pair[p] = {unit, there ? column : -1, valid ? f.schedule.length[first_row + column] : 0, 0, 0, 0, {}, {}};
+#pragma unroll
+      for (int q = 0; q < phases; ++q) {
+        const int v = (exchange.rank * (plan.units / vector) + unit / vector) * plan.stage[q].slots;
+        pair[p].place[q] = kept((v * plan.places + (single ? 0 : column / 8 * 8)) * 16 + unit % vector * int(sizeof(T)));
+        pair[p].turn[q] = kept(turned(column, v));
+      }
     }
+    divide<0>();
+    if constexpr (phases > 1) divide<1>();
+  }
+  template <int q>
+  __device__ __forceinline__ void divide() {
+    const Stage& s = plan.stage[q];
+    const int row = warp % s.row_warps, depth = warp / s.row_warps, columns = single ? 1 : plan.places / 4;
+    const int groups = groups_of(results<q>, s.wide), all = plan.units / lane_units, left = all - row * groups;
+    const int first = depth * s.warp_chunks, more = s.chunks - first;
+    Part& p = part[q];
+    p.groups = kept(depth >= s.depth_warps ? 0 : left < groups ? left : groups);
+    p.tile = kept(((depth * plan.cells + row * groups * columns) * 32 + lane) * int(sizeof(Sums<results<q>>)));
+    p.chunks = kept(more < 0 ? 0 : more < s.warp_chunks ? more : s.warp_chunks);
+    p.operand = kept((first * 4 + quarter) * plan.places * 16);
+    p.vector = kept(int(threadIdx.x) % (s.part / 16)), p.to = kept(int(threadIdx.x) / (s.part / 16));
   }
 
   template <int q>
   __device__ __forceinline__ auto& held() {
     if constexpr (q == 0)
-      return held0.w;
+      return held0;
     else
-      return held1.w;
+      return held1;
   }
-  template <int q>
-  __device__ __forceinline__ int buffer() const {
-    return plan.stage[q].operand_bytes(plan.columns, sizeof(T));
-  }
-  template <int q>
-  __device__ __forceinline__ unsigned arriving() const {
-    return unsigned(width * plan.stage[q].slots * plan.blocks * plan.units) * unsigned(sizeof(T));
-  }
-  __device__ __forceinline__ T* staging() const {  // [pair][slot][32] of this warp
-    return reinterpret_cast<T*>(shared_memory<unsigned char>() + plan.staging) + warp * 32 * pairs * operand_slots;
-  }
-  __device__ __forceinline__ float* tile() const {
-    return reinterpret_cast<float*>(shared_memory<unsigned char>() + plan.tile);
-  }
-
   // ---- the weights
 
-  // 16 bytes of the weights: this block's row, from element k of the operand on; 0 where there is no such row or unit.
+  // 16 bytes of the weights: of a slot of a unit of this block, from element k of the operand on; 0 where there is no such
+  // unit.
   template <int q>
-  __device__ __forceinline__ Words weights(int row, int k) const {
-    const int padded = plan.blocks * plan.units, H = f.H;
-    const int slot = row / plan.units, unit = first_unit + row % plan.units;  // of the result
-    const int from = k % padded, part = k / padded;                           // unit and slot of the operand
+  __device__ __forceinline__ Words weights(int slot, int unit, int k) const {
+    const Stage& s = plan.stage[q];
+    const int H = f.H, units = plan.units, v = k / vector, part = v % s.slots, from = v / s.slots * vector;  // slot, unit of k
     Words words = no_words();
-    if (row >= plan.stage[q].rows || part >= plan.stage[q].slots || unit >= H || from >= H) return words;
+    if (unit >= units || first_unit + unit >= H || from >= H) return words;
     const T* w;
     if constexpr (backward)
-      w = a.w_hh_t[q] + (int64_t(unit) * Cell::recurrent[q].count + part) * H + from;
+      w = a.w_hh_t[q] + (int64_t(first_unit + unit) * Cell::recurrent[q].count + part) * H + from;
     else
-      w = f.w_hh + (int64_t(gates_of_slots >> 4 * (Cell::recurrent[q].first + slot) & 15) * H + unit) * H + from;
+      w = f.w_hh + (int64_t(gates_of_slots >> 4 * (Cell::recurrent[q].first + slot) & 15) * H + first_unit + unit) * H + from;
     if (from + vector <= H && uint64_t(w) % 16 == 0) {
       words = *reinterpret_cast<const Words*>(w);
     } else {
@@ -137,193 +144,200 @@ struct Persistent {
     return words;
   }
   template <int q>
-  __device__ __forceinline__ Words* spilled(int i, int r) const {  // chunk i beyond those in registers
-    return reinterpret_cast<Words*>(shared_memory<unsigned char>() + plan.stage[q].weights) +
-           ((i * plan.stage[q].row_warps * plan.stage[q].depth_warps + warp) * 4 + r) * 32 + lane;
-  }
-  // The chunks of k that are this warp's.
-  template <int q>
-  __device__ __forceinline__ int chunks(int& first) const {
+  __device__ __forceinline__ SharedAddress spilled(int word) const {  // beyond those in registers
     const Stage& s = plan.stage[q];
-    first = warp / s.row_warps * s.warp_chunks;
-    const int n = s.chunks - first;
-    return warp >= s.row_warps * s.depth_warps || n < 0 ? 0 : n < s.warp_chunks ? n : s.warp_chunks;
+    return shared + unsigned(s.weights + ((word * s.row_warps * s.depth_warps + warp) * 32 + lane) * 16);
   }
-
-  template <int q>
+  template <int q, bool wide>
   __device__ __forceinline__ void load_weights() {
-    int first;
-    const int n = chunks<q>(first), fold = plan.stage[q].fold;
-    const int row = warp % plan.stage[q].row_warps * row_tile / fold + g;
-    const auto load = [&](int i, int r) {
-      const int at = fold == 2 ? 2 * i + r / 2 : i;
-      return at < n ? weights<q>(row + 8 * (fold == 2 ? r % 2 : r), (first + at) * chunk + quarter * vector) : no_words();
+    constexpr int groups = groups_of(results<q>, wide), words = 2 * tiles_of(results<q>, wide);
+    constexpr int chunks = held_words<q> / words;
+    const Stage& s = plan.stage[q];
+    const Part& p = part[q];
+    const auto load = [&](int i, int x) {
+      const int unit = (warp % s.row_warps * groups + x % groups) * lane_units + g;
+      const int k = (warp / s.row_warps * s.warp_chunks + i) * chunk + quarter * vector;
+      return p.groups > 0 && i < p.chunks ? weights<q>(x / groups, unit, k) : no_words();
     };
 #pragma unroll
-    for (int i = 0; i < in_registers<q>; ++i)
+    for (int i = 0; i < chunks; ++i)
 #pragma unroll
-      for (int r = 0; r < 4; ++r) held<q>()[i][r] = load(i, r);
-    for (int i = in_registers<q>; i * fold < n; ++i)
-      for (int r = 0; r < 4; ++r) *spilled<q>(i - in_registers<q>, r) = load(i, r);
+      for (int x = 0; x < words; ++x) held<q>()[i * words + x] = load(i, x);
+    for (int i = chunks; i < p.chunks && p.groups > 0; ++i)
+      for (int x = 0; x < words; ++x) store_shared(spilled<q>((i - chunks) * words + x), load(i, x));
   }
 
   // ---- a step's product
 
   // Leaves the partial sums of stage q's product in the tile, which holds them until the next.
-  template <int q, class Number, int fold>
+  template <int q, class Number, bool wide>
   __device__ __forceinline__ void multiply(int k) {
-    constexpr int group = Product<Number>::group > 1 ? Product<Number>::group / fold : 1;
-    const Stage& s = plan.stage[q];
-    int first;
-    const int n = chunks<q>(first);
-    const T* operand = reinterpret_cast<const T*>(exchange.operand(q, k, buffer<q>())) + first * chunk + quarter * vector;
-    float* to = tile() + warp / s.row_warps * plan.tile_columns() * plan.tile_rows + warp % s.row_warps * (row_tile / fold);
-    if (n == 0 && warp >= s.row_warps * s.depth_warps) return;
-    constexpr int columns = Product<Number>::columns;
-    for (int c = 0; c < width; c += columns, operand += columns * s.stride, to += columns * plan.tile_rows) {
-      Product<Number> sum;
-      const auto load = [&](int i) {
-        const auto at = [&](int column) {  // of some other sequence where there is none: its result is not used
-          return *reinterpret_cast<const Words*>(operand + (c + column < width ? column : 0) * s.stride + i * chunk);
-        };
-        return i < n ? Product<Number>::load(at, g) : Product<Number>::none();
-      };
+    constexpr int count = results<q>, groups = groups_of(count, wide), tiles = tiles_of(count, wide), words = 2 * tiles;
+    constexpr int chunks = held_words<q> / words;
+    using P = Product<Number, tiles>;
+    constexpr int group = P::group;
+    const Part& p = part[q];
+    if (p.groups == 0) return;
+    const int next = chunk_bytes * plan.places, columns = single ? 1 : plan.places / 4;
+    SharedAddress at = exchange.operand(q, k) + unsigned(p.operand), to = shared + unsigned(plan.tile + p.tile);
+    constexpr unsigned size = sizeof(Sums<count>);
+    for (int c = 0; c < plan.places; c += 8, at += 8 * 16, to += 2 * 32 * size) {
+      P sum;
+      const auto load = [&](int i) { return i < p.chunks ? P::load(at + unsigned(i * next), g, quarter, single) : P::none(); };
 #pragma unroll
-      for (int i = 0; i < in_registers<q>; i += group) {
-        if (i * fold < n) {
-          typename Product<Number>::Operand b[group][fold];
+      for (int i = 0; i < chunks; i += group) {
+        if (i < p.chunks) {
+          typename P::Operand b[group];
+#pragma unroll
+          for (int j = 0; j < group; ++j) b[j] = i + j < chunks ? load(i + j) : P::none();
 #pragma unroll
           for (int j = 0; j < group; ++j)
-#pragma unroll
-            for (int m = 0; m < fold; ++m)
-              b[j][m] = i + j < in_registers<q> ? load((i + j) * fold + m) : Product<Number>::none();
-#pragma unroll
-          for (int j = 0; j < group; ++j)
-            if (i + j < in_registers<q>) sum.add(held<q>()[i + j], b[j][0], b[j][fold - 1]);
+            if (i + j < chunks) sum.add([&](int x) -> const Words& { return held<q>()[(i + j) * words + x]; }, b[j]);
         }
       }
 #pragma unroll(sizeof(T) == 2 ? 2 : 1)
-      for (int i = in_registers<q>; i * fold < n; ++i) {
-        typename Product<Number>::Operand b[fold];
+      for (int i = chunks; i < p.chunks; ++i) {
+        const typename P::Operand b = P::load(at + unsigned(i * next), g, quarter, single);
+        Words w[words];
 #pragma unroll
-        for (int m = 0; m < fold; ++m) b[m] = load(i * fold + m);
-        Words w[4];
-#pragma unroll
-        for (int r = 0; r < 4; ++r) w[r] = *spilled<q>(i - in_registers<q>, r);
-        sum.add(w, b[0], b[fold - 1]);
+        for (int x = 0; x < words; ++x) w[x] = load_shared<Words>(spilled<q>((i - chunks) * words + x));
+        sum.add([&](int x) -> const Words& { return w[x]; }, b);
       }
-      sum.template store<fold>(to, plan.tile_rows, g, quarter);
+      sum.finish(quarter);
+#pragma unroll
+      for (int j = 0; j < groups; ++j) {
+        if (j >= p.groups) continue;
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          if (e == 1 && single) continue;
+          Sums<count> sums;
+#pragma unroll
+          for (int i = 0; i < count; ++i) sums.of[i] = sum.at(i * groups + j, e);
+          store_shared(to + unsigned((j * columns + e) * 32) * size, sums);
+        }
+      }
     }
   }
-
-  template <int q, int fold>
-  __device__ __forceinline__ void multiply_folded(int k) {
+  template <int q, bool wide>
+  __device__ __forceinline__ void multiply(int k) {
     if constexpr (sizeof(T) == 2)
-      multiply<q, T, fold>(k);
+      multiply<q, T, wide>(k);
     else if (plan.tf32)
-      multiply<q, Tf32, fold>(k);
-    else if (width > 2)
-      multiply<q, float, fold>(k);
+      multiply<q, Tf32, wide>(k);
+    else if (!single)
+      multiply<q, float, wide>(k);
     else
-      multiply<q, OneSequence, fold>(k);
+      multiply<q, OneSequence, wide>(k);
+  }
+  // Calls with std::bool_constant<stage q is wide>.
+  template <int q, class Call>
+  __device__ __forceinline__ void by_width(Call call) const {
+    if constexpr (results<q> == 1) {
+      if (plan.stage[q].wide)
+        call(std::true_type());
+      else
+        call(std::false_type());
+    } else {
+      call(std::false_type());
+    }
   }
 
   // Operand k of stage q is awaited and multiplied; then add_sums finds results.
   template <int q>
   __device__ __forceinline__ void product(int k) {
-    exchange.wait(q, k, buffer<q>(), arriving<q>(), width);
-    if constexpr (backward || Cell::recurrent[q].count == 1) {
-      if (plan.stage[q].fold == 2)
-        multiply_folded<q, 2>(k);
-      else
-        multiply_folded<q, 1>(k);
-    } else {
-      multiply_folded<q, 1>(k);
-    }
+    exchange.wait(q, k);
+    by_width<q>([&](auto wide) { multiply<q, decltype(wide)::value>(k); });
     sync_block();
   }
-  // Adds what the warps found of pair p in slots 0 .. count - 1 of the result, in their order.
-  template <int q, int count>
+  // Adds what the warps found of pair p, in their order, to its slots.
+  template <int q>
   __device__ __forceinline__ void add_sums(int p, V* to) const {
-    const float* at = tile() + pair[p].at;
-    const int next = plan.tile_columns() * plan.tile_rows, n = plan.stage[q].depth_warps;
-    constexpr int together = count == 1 ? persistent_warps : 2;  // as many loads as fill the time until the first is there
-    float total[count] = {};
-    for (int d = 0; d < n; d += together, at += together * next) {
-      float part[together][count];
+    constexpr int count = results<q>;
+    const SharedAddress at =
+        shared + unsigned(plan.tile + ((p * persistent_warps + warp) * 32 + lane) * int(sizeof(Sums<count>)));
+    if (plan.stage[q].depth_warps > 4)
+      add_sums<count, persistent_warps>(at, persistent_warps, to);
+    else
+      add_sums<count, 4>(at, plan.stage[q].depth_warps, to);
+  }
+  template <int count, int depth>
+  __device__ __forceinline__ void add_sums(SharedAddress at, int there, V* to) const {
+    Sums<count> sums[depth];
 #pragma unroll
-      for (int i = 0; i < together; ++i)
+    for (int d = 0; d < depth; ++d)
+      sums[d] = d < there ? load_shared<Sums<count>>(at + unsigned(d * plan.cells * 32) * unsigned(sizeof(Sums<count>)))
+                          : Sums<count>{};
 #pragma unroll
-        for (int slot = 0; slot < count; ++slot) part[i][slot] = d + i < n ? at[i * next + slot * plan.units] : 0.0f;
+    for (int i = 0; i < count; ++i) {
+      float total = sums[0].of[i];
 #pragma unroll
-      for (int i = 0; i < together; ++i)
-#pragma unroll
-        for (int slot = 0; slot < count; ++slot) total[slot] += part[i][slot];
+      for (int d = 1; d < depth; ++d) total += sums[d].of[i];
+      to[i] += V(total);
     }
-#pragma unroll
-    for (int slot = 0; slot < count; ++slot) to[slot] += V(total[slot]);
   }
 
   // ---- handing over
 
-  __device__ __forceinline__ void stage_value(int p, int slot, T value) const {
-    staging()[(p * operand_slots + slot) * 32 + lane] = value;
-  }
-  // Gives what was staged as number k of operand q. Before a sequence's first step and after its last, what is staged
-  // is what was, finite or not: no other sequence sees it.
+  // Puts a value of pair p into number k of operand q. Before a sequence's first step and after its last, what is there is
+  // what was, finite or not: no other sequence sees it.
   template <int q>
-  __device__ __forceinline__ void hand_over(int k) const {
-    sync_warp();
-    const Stage& s = plan.stage[q];
-#pragma unroll
-    for (int p = 0; p < pairs; ++p) {
-      if (give[p].column < 0) continue;
-      const int to = give[p].column * s.stride + first_unit + give[p].unit;
-      for (int slot = 0; slot < s.slots; ++slot) {
-        const Words words =
-            *reinterpret_cast<const Words*>(staging() + (p * operand_slots + slot) * 32 + lane % vectors * vector);
-        exchange.give(q, k, buffer<q>(), (to + slot * plan.blocks * plan.units) * int(sizeof(T)), words, lane / vectors,
-                      32 / vectors);
-      }
+  __device__ __forceinline__ void stage_value(int p, int slot, int k, T value) const {
+    if (pair[p].column < 0) return;
+    if (sizeof(T) == 4 && plan.tf32) value = rounded_to_tf32(value);
+    const int turn = single ? 0 : turned(pair[p].turn[q], slot);
+    store_shared(exchange.part(q, k) + unsigned(pair[p].place[q] + slot * plan.places * 16 + turn * 16), Hands::clean(value));
+  }
+  template <int q>
+  __device__ __forceinline__ void give(int k) const {
+    exchange.give(q, k, part[q].vector, part[q].to);
+  }
+  static __device__ __forceinline__ T rounded_to_tf32(T value) {
+    if constexpr (sizeof(T) == 4) {
+      uint32_t bits;
+      memcpy(&bits, &value, 4);
+      return as_float(round_to_tf32(bits));
+    } else {
+      return value;
     }
-    exchange.given(q, k);  // the next values are staged after the next product's barrier
   }
 
-  // Weights, zeros where an operand or a staged value is read before it is written, barriers.
+  // Weights, zeros where an operand or a part is read before it is written, barriers.
   __device__ __forceinline__ void start() {
-    load_weights<0>();
-    if constexpr (phases > 1) load_weights<1>();
-    for (int i = 0; i < pairs * operand_slots; ++i) staging()[i * 32 + lane] = narrow<T>(0);
-    zero<0>();
-    exchange.start(0, arriving<0>());
-    if constexpr (phases > 1) {
-      zero<1>();
-      exchange.start(1, arriving<1>());
-    }
+    start<0>();
+    if constexpr (phases > 1) start<1>();
     exchange.sync_group();
   }
   template <int q>
-  __device__ __forceinline__ void zero() const {
+  __device__ __forceinline__ void start() {
+    by_width<q>([&](auto wide) { load_weights<q, decltype(wide)::value>(); });
     for (int k = 0; k < (Hands::kind == Exchange::cluster ? 2 : 1); ++k)
-      for (int i = int(threadIdx.x) * 16; i < buffer<q>(); i += persistent_threads * 16)
-        *reinterpret_cast<Words*>(exchange.operand(q, k, buffer<q>()) + i) = no_words();
+      clear(exchange.operand(q, k), plan.stage[q].bytes);
+    if (Hands::kind == Exchange::grid) clear(shared + unsigned(plan.staging), plan.stage[q].part);
+    exchange.start(q);
+  }
+  static __device__ __forceinline__ void clear(SharedAddress at, int bytes) {
+    for (int i = int(threadIdx.x) * 16; i < bytes; i += persistent_threads * 16) store_shared(at + unsigned(i), no_words());
   }
 
   __device__ __forceinline__ bool runs(int p, int s) const { return s < pair[p].length; }
   // The packed row of step s; some row where there is no such step.
   __device__ __forceinline__ int row(int p, int s) const {
-    return s >= 0 && runs(p, s) ? int(f.schedule.row(s, pair[p].sequence)) : 0;
+    const Schedule& order = f.schedule;
+    if (order.uniform) return (order.backward_in_time ? order.steps - 1 - s : s) * order.batch + sequence(p);
+    return s >= 0 && runs(p, s) ? int(order.offset[order.backward_in_time ? pair[p].length - 1 - s : s]) + sequence(p) : 0;
   }
+  __device__ __forceinline__ int sequence(int p) const { return first_row + pair[p].column; }  // of the batch, sorted
+  __device__ __forceinline__ int unit_of(int p) const { return first_unit + pair[p].unit; }    // of all
   __device__ __forceinline__ int64_t state_at(int p) const {
-    return int64_t(f.schedule.from[pair[p].sequence]) * f.H + pair[p].unit;
+    return int64_t(f.schedule.from[sequence(p)]) * f.H + unit_of(p);
   }
-
-  __device__ __forceinline__ int64_t carry_at(int p) const { return int64_t(pair[p].sequence) * f.H + pair[p].unit; }
+  __device__ __forceinline__ int64_t place(int p, int64_t row) const { return row * f.H + unit_of(p); }
+  __device__ __forceinline__ int64_t carry_at(int p) const { return int64_t(sequence(p)) * f.H + unit_of(p); }
 
   // ---- forward
 
   V bias[backward ? 1 : pairs][Cell::slots], state[pairs][Cell::states], slot[pairs][Cell::slots];
-  float input[backward ? 1 : pairs][Cell::input.count];
+  alignas(16) float input[backward ? 1 : pairs][Cell::input.count];
 
   // Asks for the input of step s, whose row is known, and for the row of the next.
   __device__ __forceinline__ void ask_forward(int s) {
@@ -331,9 +345,12 @@ struct Persistent {
     for (int p = 0; p < pairs; ++p) {
       pair[p].row = pair[p].next;
       if (!runs(p, s)) continue;
+      const float* from = f.input + place(p, pair[p].row) * Cell::input.count;
+      if constexpr (Cell::input.count == 4)
+        load_16_bytes(input[p], from);
+      else
 #pragma unroll
-      for (int i = 0; i < Cell::input.count; ++i)
-        input[p][i] = f.input[(int64_t(pair[p].row) * Cell::input.count + i) * f.H + pair[p].unit];
+        for (int i = 0; i < Cell::input.count; ++i) input[p][i] = from[i];
       pair[p].next = row(p, s + 1);
     }
   }
@@ -345,30 +362,20 @@ struct Persistent {
     for (int p = 0; p < pairs; ++p) {
       pair[p].next = row(p, begin);
 #pragma unroll
-      for (int i = 0; i < Cell::slots; ++i) bias[p][i] = V(pair[p].length > 0 ? f.bias[i * f.H + pair[p].unit] : 0.0f);
+      for (int i = 0; i < Cell::slots; ++i) bias[p][i] = V(pair[p].length > 0 ? f.bias[i * f.H + unit_of(p)] : 0.0f);
 #pragma unroll
       for (int i = 0; i < Cell::states; ++i) {
         float v = 0;
         if (begin == 0 && f.state[i] && runs(p, 0)) v = widen(f.state[i][state_at(p)]);
         if (begin > 0 && runs(p, begin))
-          v = i == 0 ? widen(f.y[row(p, begin - 1) * f.y_row + pair[p].unit]) : f.carry[carry_at(p)];
+          v = i == 0 ? widen(f.y[row(p, begin - 1) * f.y_row + unit_of(p)]) : f.carry[carry_at(p)];
         state[p][i] = V(v);
       }
-      stage_value(p, 0, narrow<T>(state[p][0].r));
+      stage_value<0>(p, 0, 0, narrow<T>(state[p][0].r));
     }
-    hand_over<0>(0);
+    give<0>(0);
     ask_forward(begin);
-    for (int s = begin; s < steps; ++s) {
-#pragma unroll
-      for (int p = 0; p < pairs; ++p)
-#pragma unroll
-        for (int i = 0; i < Cell::slots; ++i) {
-          const int fed = i - Cell::input.first;
-          slot[p][i] = bias[p][i];
-          if (fed >= 0 && fed < Cell::input.count) slot[p][i] += V(input[p][fed]);
-        }
-      forward_phase<0>(s);
-    }
+    for (int s = begin; s < steps; ++s) forward_phase<0>(s);
     if constexpr (Cell::states > 1)
 #pragma unroll
       for (int p = 0; p < pairs; ++p)
@@ -380,18 +387,27 @@ struct Persistent {
   __device__ __forceinline__ void forward_phase(int s) {
     constexpr Span span = Cell::recurrent[q];
     constexpr bool last = q + 1 == phases;
+    constexpr int next = last ? 0 : q + 1;  // the stage that the new values feed
+    const int k = s - begin, next_k = last ? k + 1 : k;
     V save[pairs][Cell::saved + 1], operand[pairs];
-    product<q>(s - begin);
+    product<q>(k);
 #pragma unroll
     for (int p = 0; p < pairs; ++p) {
       if (!runs(p, s)) continue;
-      add_sums<q, span.count>(p, slot[p] + span.first);
+      if constexpr (q == 0)
+#pragma unroll
+        for (int i = 0; i < Cell::slots; ++i) {
+          const int fed = i - Cell::input.first;
+          slot[p][i] = bias[p][i];
+          if (fed >= 0 && fed < Cell::input.count) slot[p][i] += V(input[p][fed]);
+        }
+      add_sums<q>(p, slot[p] + span.first);
       Cell::template forward<q>(slot[p], state[p], save[p], &operand[p]);
       const T value = narrow<T>((last ? state[p][0] : operand[p]).r);
       if (last) state[p][0] = V(widen(value));  // h is what y holds
-      stage_value(p, 0, value);
+      stage_value<next>(p, 0, next_k, value);
     }
-    if (!last || s + 1 < steps) hand_over<last ? 0 : q + 1>((last ? s + 1 : s) - begin);
+    if (!last || s + 1 < steps) give<next>(next_k);
     int64_t at[pairs];  // rows of step s
 #pragma unroll
     for (int p = 0; p < pairs; ++p) at[p] = pair[p].row;
@@ -399,14 +415,14 @@ struct Persistent {
 #pragma unroll
     for (int p = 0; p < pairs; ++p) {
       if (!runs(p, s)) continue;
-      const int unit = pair[p].unit;
+      const int unit = unit_of(p);
       if constexpr (!last) {
-        f.operand[(f.saved ? at[p] : pair[p].sequence) * f.H + unit] = narrow<T>(operand[p].r);
+        f.operand[(f.saved ? at[p] : sequence(p)) * f.H + unit] = narrow<T>(operand[p].r);
       } else {
         f.y[at[p] * f.y_row + unit] = narrow<T>(state[p][0].r);
         if (f.saved)
 #pragma unroll
-          for (int i = 0; i < Cell::saved; ++i) f.saved[(at[p] * Cell::saved + i) * f.H + unit] = narrow<T>(save[p][i].r);
+          for (int i = 0; i < Cell::saved; ++i) f.saved[place(p, at[p]) * Cell::saved + i] = narrow<T>(save[p][i].r);
         if (s + 1 == pair[p].length)
 #pragma unroll
           for (int i = 0; i < Cell::states; ++i) f.final_state[i][state_at(p)] = narrow<T>(state[p][i].r);
@@ -424,14 +440,14 @@ struct Persistent {
   __device__ __forceinline__ void ask_backward(int s) {
 #pragma unroll
     for (int p = 0; p < pairs; ++p) {
-      const int unit = pair[p].unit;
+      const int unit = unit_of(p);
       pair[p].row = pair[p].next;
       pair[p].next = pair[p].after;
       pair[p].after = row(p, s - 2);
       if (!runs(p, s)) continue;
       const int64_t now = pair[p].row, before = pair[p].next;
 #pragma unroll
-      for (int i = 0; i < Cell::saved; ++i) saved[p][i] = f.saved[(now * Cell::saved + i) * f.H + unit];
+      for (int i = 0; i < Cell::saved; ++i) saved[p][i] = f.saved[place(p, now) * Cell::saved + i];
       dy[p] = a.dy ? a.dy[now * a.dy_row + unit] : narrow<T>(0);
       h[p] = f.y[now * f.y_row + unit];
       if (s > 0)
@@ -457,7 +473,7 @@ struct Persistent {
 #pragma unroll
     for (int p = 0; p < pairs; ++p) {
       if (pair[p].length == 0) continue;
-      if (a.dstate[0]) add_sums<0, 1>(p, &state[p][0]);
+      if (a.dstate[0]) add_sums<0>(p, &state[p][0]);
 #pragma unroll
       for (int i = 0; i < Cell::states; ++i)
         if (a.dstate[i]) a.dstate[i][state_at(p)] = narrow<T>(state[p][i].r);
@@ -480,12 +496,12 @@ struct Persistent {
       for (int i = 0; i < Cell::saved; ++i) save[i] = V(widen(saved[p][i]));
       V grad(0.0f);
       if (q == 0) grad = state[p][0] + V(widen(dy[p]));
-      if (q > 0 || runs(p, s + 1)) add_sums<q, 1>(p, &grad);
+      if (q > 0 || runs(p, s + 1)) add_sums<q>(p, &grad);
       Cell::template backward<q>(grad, slot[p], state[p], save, V(widen(h[p])), V(widen(h_prev[p])));
 #pragma unroll
-      for (int i = 0; i < fed.count; ++i) stage_value(p, i, narrow<T>(slot[p][fed.first + i].r));
+      for (int i = 0; i < fed.count; ++i) stage_value<next>(p, i, k, narrow<T>(slot[p][fed.first + i].r));
     }
-    if (!last || s > 0 || a.dstate[0]) hand_over<next>(k);
+    if (!last || s > 0 || a.dstate[0]) give<next>(k);
     if constexpr (last) {
       int64_t at[pairs];
 #pragma unroll
@@ -496,7 +512,7 @@ struct Persistent {
       for (int p = 0; p < pairs; ++p) {
         if (!ran[p]) continue;
 #pragma unroll
-        for (int i = 0; i < Cell::slots; ++i) a.gates[(at[p] * Cell::slots + i) * f.H + pair[p].unit] = narrow<T>(slot[p][i].r);
+        for (int i = 0; i < Cell::slots; ++i) a.gates[(at[p] * Cell::slots + i) * f.H + unit_of(p)] = narrow<T>(slot[p][i].r);
       }
     } else {
       backward_stage<q + 1>(s);
@@ -511,13 +527,19 @@ __global__ void __launch_bounds__(persistent_threads, 1)
                       unsigned char* workspace) {
   // A build for a GPU without clusters has these kernels too, empty: no plan launches them.
   if constexpr (FUSEDRNN_CLUSTERS || std::is_same_v<Hands, GridExchange>) {
-    Hands exchange{plan};
+    const int rank = int(blockIdx.x) % plan.blocks;
+    const SharedAddress shared = SharedAddress(kept(int(shared_address(shared_memory<unsigned char>()))));
+    const auto run = [&](const Hands& exchange) {
+      if constexpr (backward)
+        Persistent<T, Cell, true, Hands>(plan, args, args.forward, exchange).run_backward();
+      else
+        Persistent<T, Cell, false, Hands>(plan, args, args, exchange).run_forward();
+    };
     if constexpr (std::is_same_v<Hands, GridExchange>)
-      exchange.workspace = workspace + int64_t(blockIdx.x) / plan.blocks * plan.workspace_slice;
-    if constexpr (backward)
-      Persistent<T, Cell, true, Hands>(plan, args, args.forward, exchange).run_backward();
+      run({plan, rank, shared, workspace + int64_t(blockIdx.x) / plan.blocks * plan.step_bytes,
+           int64_t(plan.slices) * plan.step_bytes});
     else
-      Persistent<T, Cell, false, Hands>(plan, args, args, exchange).run_forward();
+      run({plan, rank, shared});
   }
 }
 
@@ -530,8 +552,8 @@ bool launch_persistent(const PersistentPlan& plan, const Args& args, void* works
   Launch how;
   how.grid = dim3(unsigned(plan.blocks * plan.slices)), how.block = dim3(persistent_threads);
   how.shared = size_t(plan.shared_bytes), how.stream = stream;
-  how.cluster = grid ? 1 : plan.blocks, how.cooperative = grid;
-  if (grid) FUSEDRNN_CUDA(cudaMemsetAsync(workspace, 0, size_t(plan.workspace_bytes()), stream));
+  how.cluster = grid ? 0 : plan.blocks, how.cooperative = grid;
+  if (grid) FUSEDRNN_CUDA(cudaMemsetAsync(workspace, 0xff, size_t(plan.workspace_bytes(args.steps())), stream));
   const cudaError_t code = try_launch(
       name, how,
       grid ? persistent_kernel<T, Cell, backward, GridExchange> : persistent_kernel<T, Cell, backward, ClusterExchange>, plan,

@@ -20,48 +20,53 @@ namespace fusedrnn::cuda {
 
 constexpr int persistent_threads = 256, persistent_warps = persistent_threads / 32;
 constexpr int persistent_pairs = 2;  // (unit, sequence) pairs of a thread, at most
-constexpr int row_tile = 32;         // rows of the weights that a warp multiplies at a time, or half of it: Stage::fold
-constexpr int chunk_bytes = 64;      // of k that it multiplies at a time: 16 bytes for each of 4 lanes
+constexpr int chunk_bytes = 64;      // of k that a warp multiplies at a time: 16 bytes for each of 4 lanes
+constexpr int lane_units = 8;        // hidden units whose results lie side by side in the lanes of a warp
 
 enum class Exchange { cluster, grid };
 
-// Chunks of k (pairs of them where rows are folded) whose weights a warp keeps in registers, 16 registers a thread
-// each; the rest is in shared memory. As many as leave nothing to spill: float32's products need more registers for
-// other things.
-FUSEDRNN_HD constexpr int chunks_in_registers(int size, bool backward, int phases, int stage) {
-  if (size == 2) return phases > 1 ? (stage == 0 ? 5 : 3) : 8;
-  return (phases > 1 ? (stage == 0 ? 3 : 2) : 5) - (backward && stage == 0 ? 1 : 0);
+// A warp multiplies tiles of 16 rows of the weights, half a tile for each slot of 8 units: all `count` slots of
+// groups_of() times 8 units. `wide`, where there is one slot: 32 units and not 16, so that fewer warps read the operand.
+FUSEDRNN_HD constexpr int groups_of(int count, bool wide) {
+  return count == 1 ? (wide ? 4 : 2) : count % 2 == 0 && count > 2 ? 1 : 2;
+}
+FUSEDRNN_HD constexpr int tiles_of(int count, bool wide) { return count * groups_of(count, wide) / 2; }
+
+// Of a lane's weights, 16 bytes each, those that registers hold; the rest is in shared memory. As many as leave nothing
+// to spill: float32's products need more registers for other things.
+FUSEDRNN_HD constexpr int words_in_registers(int size, bool backward, int phases, int stage) {
+  if (size == 2) return phases > 1 ? (stage == 0 ? 20 : 12) : 32;
+  return (phases > 1 ? (stage == 0 ? 12 : 8) : 20) - (backward && stage == 0 ? 4 : 0);
 }
 
-// One product of a step: the operand, of `slots` values for every unit, times a block's `rows` rows of the weights.
-// Stage q is the product of forward phase q; of backward, whose stages 1.. give the gradients of later phases'
-// operands.
+// One product of a step: the operand, of `slots` values for every unit, times a block's rows of the weights. Stage q is
+// the product of forward phase q; of backward, whose stages 1.. give the gradients of later phases' operands.
 struct Stage {
-  int slots, rows;
-  int fold;                    // 2: so few rows that a warp takes half a row_tile, and two chunks of k in one place
-  int row_warps, depth_warps;  // the warps split the rows, row_tile / fold each, and k
+  int slots, results;          // values for every unit: of the operand; of the result
+  bool wide;                   // see groups_of
+  int row_warps, depth_warps;  // the warps split the units and k
   int chunks, warp_chunks;     // of k: all; of one warp
-  int stride;                  // elements from sequence to sequence of the operand
-  int operand, handed;  // bytes: where it lies in shared memory; of a grid, in the slice's workspace. Two buffers,
-                        // but one in the shared memory of a grid's blocks, which fetch it
-  int weights;          // bytes: in shared memory
-  FUSEDRNN_HD_INLINE int operand_bytes(int columns, int size) const { return columns * stride * size; }  // of one buffer
+  int part;                    // bytes of the operand that each block gives
+  int passes, vector_step, block_step;  // of a cluster: a thread gives 16 bytes to a block, then others to another
+  int bytes;                   // of the operand
+  int operand, weights;        // bytes: where they lie in shared memory. Of a cluster, two operands side by side
+  int handed;                  // bytes: of a grid, in the workspace of a step
 };
 
 struct PersistentPlan {
   const char* reason;  // why there is none, for people; null where there is one
   Exchange exchange;
   int slices, columns;  // columns: sequences of a slice
+  int places;           // sequences that the operand has room for: 1, or a multiple of 8
   int blocks, units;    // of a group; of a block, a multiple of 8
   Stage stage[max_phases];
-  int tile, tile_rows;    // floats [depth_warps][tile_columns()][tile_rows]: where partial sums meet
-  int staging, barriers;  // bytes, in shared memory
+  int cells;                    // of 8 units and every other one of 8 sequences, one of each for a lane: see persistent.cuh
+  int tile, staging, barriers;  // bytes, in shared memory
   int shared_bytes;
-  int flags, workspace_slice;  // bytes, in global memory and of it; all is zero at the launch
+  int step_bytes;  // of a grid, in global memory: what a slice's blocks give one another in a step
   bool tf32;
-  double estimated_us;  // of a step, by arithmetic that no card has confirmed: see docs/cuda.md
-  FUSEDRNN_HD_INLINE int tile_columns() const { return (columns + 7) / 8 * 8; }
-  int64_t workspace_bytes() const { return int64_t(workspace_slice) * slices; }
+  double estimated_us;  // of a step
+  int64_t workspace_bytes(int64_t steps) const { return int64_t(step_bytes) * slices * steps; }
 };
 
 // size: of an element of the arrays, 4 or 2 bytes (float64 has no persistent path). at_once: how many such launches
@@ -73,7 +78,7 @@ PersistentPlan persistent_plan(const CellInfo& cell, int size, bool backward, in
                                const Machine& machine, int at_once, Exchange exchange, int blocks, int columns);
 
 // False where the driver refuses such a launch (see is_refusal); no array of args is touched then. Throws Error where
-// it fails otherwise. workspace: plan.workspace_bytes(), zeroed here, on the stream.
+// it fails otherwise. workspace: plan.workspace_bytes() of the steps to run, filled here, on the stream.
 template <class T>
 [[nodiscard]] bool persistent_forward(int cell, const PersistentPlan& plan, const ForwardArgs<T>& args, void* workspace,
                                       CUstream_st* stream);

@@ -1,86 +1,117 @@
 // How the blocks of the persistent kernel hand each other their parts of an operand: in a cluster by its shared memory, in a
-// grid by global memory and flags.
+// grid by global memory, in practice the second cache level.
+//
+// An operand is [16 bytes of k][sequence][16 bytes], the sequences turned (persistent_product.cuh). k goes by block, by 16
+// bytes of units, by slot, so that what a block gives is one piece: the part of its rank.
 #pragma once
 
 #include "cuda/device_sm90.cuh"
-#include "cuda/persistent.h"
+#include "cuda/persistent_product.cuh"
 
 namespace fusedrnn::cuda {
 
-// A block's part of the exchange: where number k of stage q's operand lies in shared memory once it was awaited, and
-// how a part of it is given. `buffer` is the size of an operand, `arriving` that of what blocks give of it in all; both
-// in bytes.
+// Both have: operand(q, k), where number k of stage q's operand lies in shared memory once it was awaited; part(q, k), where
+// this block puts its part of it, by offsets within the operand; give(), which hands that to the others; wait().
 struct ClusterExchange {
   static constexpr Exchange kind = Exchange::cluster;
   const PersistentPlan& plan;
+  const int rank;
+  const SharedAddress shared;
 #if FUSEDRNN_CLUSTERS
 
-  __device__ __forceinline__ uint64_t* barrier(int q, int k) const {
-    return reinterpret_cast<uint64_t*>(shared_memory<unsigned char>() + plan.barriers) + 2 * q + k % 2;
+  __device__ __forceinline__ SharedAddress barrier(int q, int k) const {
+    return shared + unsigned(plan.barriers + (2 * q + (k & 1)) * 8);
   }
-  __device__ __forceinline__ unsigned char* operand(int q, int k, int buffer) const {
-    return shared_memory<unsigned char>() + plan.stage[q].operand + (k % 2) * buffer;
+  __device__ __forceinline__ SharedAddress operand(int q, int k) const {
+    const Stage& s = plan.stage[q];
+    return shared + unsigned(k & 1 ? s.operand + s.bytes : s.operand);
   }
-  __device__ __forceinline__ void start(int q, unsigned arriving) const {
+  __device__ __forceinline__ SharedAddress part(int q, int k) const { return operand(q, k); }
+  template <class T>
+  static __device__ __forceinline__ T clean(T value) {
+    return value;
+  }
+  __device__ __forceinline__ unsigned arriving(int q) const { return unsigned((plan.blocks - 1) * plan.stage[q].part); }
+  __device__ __forceinline__ void start(int q) const {
     if (threadIdx.x != 0) return;
     for (int k = 0; k < 2; ++k) {
       barrier_init(barrier(q, k));
-      barrier_expect(barrier(q, k), arriving);
+      barrier_expect(barrier(q, k), arriving(q));
     }
     barrier_init_done();
   }
   __device__ __forceinline__ void sync_group() const { sync_cluster(); }
-  __device__ __forceinline__ void wait(int q, int k, int, unsigned arriving, int) const {
-    barrier_wait(barrier(q, k), k / 2 % 2);
-    if (threadIdx.x == 0) barrier_expect(barrier(q, k), arriving);  // of k + 2, which nobody gives before we give k + 1
+  __device__ __forceinline__ void wait(int q, int k) const {
+    if (plan.blocks == 1) return;  // give() was a barrier
+    barrier_wait(barrier(q, k), unsigned(k) >> 1 & 1);
+    if (threadIdx.x == 0) barrier_expect(barrier(q, k), arriving(q));  // of k + 2, which nobody gives before we give k + 1
   }
-  // Several lanes may hold the same words: this one is number `first` of `stride`.
-  __device__ __forceinline__ void give(int q, int k, int buffer, int at, Words words, int first, int stride) const {
-    for (int rank = first; rank < plan.blocks; rank += stride) send(operand(q, k, buffer) + at, words, rank, barrier(q, k));
+  // Neighbouring lanes store neighbouring 16 bytes to the same block: what goes to several at once takes longer.
+  __device__ __forceinline__ void give(int q, int k, int vector, int to) const {
+    sync_block();
+    const int bytes = plan.stage[q].part, passes = plan.stage[q].passes;
+    const SharedAddress own = operand(q, k) + unsigned(rank * bytes), done = barrier(q, k);
+    for (int i = 0;;) {
+      const SharedAddress at = own + unsigned(vector * 16);
+      if (to < plan.blocks && to != rank) send(at, load_shared<Words>(at), unsigned(to), done);
+      if (++i >= passes) break;
+      vector += plan.stage[q].vector_step, to += plan.stage[q].block_step;
+      if (vector * 16 >= bytes) vector -= bytes / 16, ++to;
+    }
   }
-  __device__ __forceinline__ void given(int, int) const {}
 #endif
 };
 
+// Every step has memory of its own, filled with `not_given` before the launch. What is given is never that, so that a block
+// sees by the values whether they are there: one way through the cache less than by a flag.
 struct GridExchange {
   static constexpr Exchange kind = Exchange::grid;
+  static constexpr int batch = 4;  // loads of a thread in flight
   const PersistentPlan& plan;
-  unsigned char* workspace = nullptr;  // of the slice
+  const int rank;
+  const SharedAddress shared;
+  unsigned char* const workspace;  // of the slice, in the first step
+  const int64_t step;              // bytes from a step's to the next
 
-  __device__ __forceinline__ int* flags(int q) const {
-    return reinterpret_cast<int*>(workspace + plan.flags) + q * plan.blocks;
+  __device__ __forceinline__ SharedAddress operand(int q, int) const { return shared + unsigned(plan.stage[q].operand); }
+  __device__ __forceinline__ SharedAddress part(int q, int) const {
+    return shared + unsigned(plan.staging - rank * plan.stage[q].part);
   }
-  __device__ __forceinline__ unsigned char* operand(int q, int, int) const {
-    return shared_memory<unsigned char>() + plan.stage[q].operand;
+  template <class T>
+  static __device__ __forceinline__ T clean(T value) {  // NaN for NaN
+    return not_a_sign_of_absence(value);
   }
-  __device__ __forceinline__ void start(int, unsigned) const {}
+  __device__ __forceinline__ void start(int) const {}
   __device__ __forceinline__ void sync_group() const { sync_block(); }
-  // Each warp awaits some of the blocks and fetches what they gave, as soon as they gave it.
-  __device__ __forceinline__ void wait(int q, int k, int buffer, unsigned arriving, int width) const {
-    const int warp = warp_of_thread(), lane = lane_of_thread();
-    const int first = plan.blocks * warp / persistent_warps, n = plan.blocks * (warp + 1) / persistent_warps - first;
-    for (int i = lane; i < n; i += 32)
-      while (load_acquire(flags(q) + first + i) <= k) poll_pause();
-    sync_warp();
-    const int row = buffer / plan.columns;                           // bytes: of a sequence
-    const int slot = int(arriving) / (width * plan.stage[q].slots);  // of one of its slots
-    const int vectors = slot / plan.blocks * n / 16, offset = slot / plan.blocks * first;
-    const unsigned char* from = workspace + plan.stage[q].handed + (k % 2) * buffer;
-    for (int c = 0; c < width; ++c)
-      for (int i = 0; i < plan.stage[q].slots; ++i)
-        for (int v = lane; v < vectors; v += 32) {
-          const int at = c * row + i * slot + offset + 16 * v;
-          copy_async(operand(q, k, buffer) + at, from + at);
+  __device__ __forceinline__ unsigned char* handed(int q, int k) const { return workspace + k * step + plan.stage[q].handed; }
+  __device__ __forceinline__ void wait(int q, int k) const {
+    constexpr int stride = persistent_threads * 16;
+    const int bytes = plan.blocks * plan.stage[q].part;
+    const unsigned char* from = handed(q, k) + threadIdx.x * 16;
+    SharedAddress to = operand(q, k) + threadIdx.x * 16;
+    for (int left = bytes - int(threadIdx.x) * 16; left > 0; left -= batch * stride, from += batch * stride, to += batch * stride) {
+      Words w[batch];
+#pragma unroll
+      for (int i = 0; i < batch; ++i)
+        if (left > i * stride) w[i] = load_given(from + i * stride);
+#pragma unroll
+      for (int i = 0; i < batch; ++i) {
+        if (left <= i * stride) continue;
+        while (w[i].w[0] == not_given) {
+          poll_pause();
+          w[i] = load_given(from + i * stride);
         }
-    copy_async_wait();
+        store_shared(to + unsigned(i * stride), w[i]);
+      }
+    }
     sync_block();
   }
-  __device__ __forceinline__ void give(int q, int k, int buffer, int at, Words words, int first, int) const {
-    if (first == 0) store_shared_by_blocks(workspace + plan.stage[q].handed + (k % 2) * buffer + at, words);
-  }
-  __device__ __forceinline__ void given(int q, int k) const {
+  __device__ __forceinline__ void give(int q, int k, int, int) const {
     sync_block();
-    if (threadIdx.x == 0) store_release(flags(q) + blockIdx.x % plan.blocks, k + 1);
+    const int bytes = plan.stage[q].part;
+    unsigned char* to = handed(q, k) + rank * bytes;
+    for (int at = int(threadIdx.x) * 16; at < bytes; at += persistent_threads * 16)
+      store_given(to + at, load_shared<Words>(shared + unsigned(plan.staging + at)));
   }
 };
 

@@ -1,5 +1,5 @@
-// Which persistent plan fits, and what a step of it should take. The costs below are of data sheets and of papers, not
-// measured by us: bench/native/cuda_latency.cu is there to replace them.
+// Which persistent plan fits, and what a step of it should take. The costs are what bench/native/cuda_latency.cu measured on
+// an H100 and an H200: see docs/cuda.md.
 #include <algorithm>
 
 #include "cuda/persistent.h"
@@ -8,13 +8,15 @@ namespace fusedrnn::cuda {
 
 namespace {
 
-constexpr double clock_per_us = 1700;  // cycles
-constexpr double shared_bytes_per_clock = 128;
-constexpr double products_per_clock = 1250;  // of a multiprocessor's mma.sync, 16 bits; half of it for TF32
-constexpr double fma_per_clock = 128;
-constexpr double step_clocks = 500;     // a phase's tile, cell, barrier and stores
-constexpr double cluster_clocks = 500;  // from a store to a peer until the peer's barrier lets it pass
-constexpr double grid_clocks = 2200;    // store, flag, its polling and the loads after it, through the second cache
+constexpr double clock_per_us = 1755;  // cycles
+constexpr double shared_bytes_per_clock = 113;
+constexpr double products_per_clock = 1220;  // of a multiprocessor's mma.sync, 16 bits; half of it for TF32
+constexpr double fma_per_clock = 121;
+constexpr double step_clocks = 500;     // a phase's sums, cell, barriers and stores
+constexpr double cluster_clocks = 500;  // from a copy to a peer until the peer's barrier lets it pass
+constexpr double cluster_bytes_per_clock = 23;
+constexpr double grid_clocks = 1150;  // a store, and the loads that look for it, through the second cache level
+constexpr double grid_bytes_per_clock = 45;
 
 int round_up(int64_t n, int to) { return int(ceil_div(n, to) * to); }
 
@@ -30,21 +32,21 @@ int clusters_of(const Machine& machine, int blocks) {
   return i < 5 && 1 << i == blocks ? machine.clusters[i] : 0;
 }
 
-double clocks_of(const PersistentPlan& p, const Stage& s, bool backward, int phases, int q, int size, int64_t batch) {
-  const double columns = double(std::min<int64_t>(p.columns, batch));
-  const double width = size == 4 && !p.tf32 && columns <= 2 ? columns : p.tile_columns();
-  const double k = double(s.chunks) * chunk_bytes / size, rows = double(s.row_warps) * row_tile / s.fold;
-  const double held = chunks_in_registers(size, backward, phases, q),
-               more = std::max(0.0, double(ceil_div(s.warp_chunks, s.fold)) - held);
-  const double weights = more * row_tile * chunk_bytes * s.row_warps * s.depth_warps;
-  const double operand = k * size * columns * s.row_warps;
+double clocks_of(const PersistentPlan& p, const Stage& s, bool backward, int phases, int q, int size) {
+  const int words = 2 * tiles_of(s.results, s.wide), held = words_in_registers(size, backward, phases, q) / words;
+  const double warps = s.row_warps * s.depth_warps, more = std::max(0, s.warp_chunks - held);
+  const double weights = more * words * 32 * 16 * warps;  // bytes
+  const double operand = double(s.bytes) * s.row_warps;
+  const double rows = double(tiles_of(s.results, s.wide)) * 16 * s.row_warps, k = double(s.chunks) * chunk_bytes / size;
   const double rate = size == 2 ? products_per_clock : p.tf32 ? products_per_clock / 2 : fma_per_clock;
-  const double busy = double(s.row_warps * s.depth_warps) / persistent_warps;
-  const double product = std::max(rows * k * width / (rate * busy), (weights + operand) / shared_bytes_per_clock);
-  const double bytes = double(s.slots) * p.units * columns * size * p.blocks;  // into and out of a block
-  const double transfer = p.exchange == Exchange::cluster ? bytes / 32 : bytes / 64;
-  const double latency = p.exchange == Exchange::grid ? grid_clocks : p.blocks > 1 ? cluster_clocks : 150;
-  return product + step_clocks + latency + transfer;
+  const double columns = size == 4 && !p.tf32 ? p.places : std::max(8, p.places);
+  const double product =
+      std::max(rows * k * columns / (rate * warps / persistent_warps), (weights + operand) / shared_bytes_per_clock);
+  const double bytes = double(s.part) * p.blocks;  // into a block
+  const double exchange = p.exchange == Exchange::grid ? grid_clocks + bytes / grid_bytes_per_clock
+                          : p.blocks > 1               ? cluster_clocks + bytes / cluster_bytes_per_clock
+                                                       : 0;
+  return product + step_clocks + exchange;
 }
 
 }  // namespace
@@ -63,48 +65,50 @@ PersistentPlan persistent_plan(const CellInfo& cell, int size, bool backward, in
   } else if (int64_t(p.blocks) * p.slices * at_once > machine.cooperative) {
     return refuse("the blocks of all slices are not resident at once");
   }
-  if (p.units * columns > persistent_pairs * persistent_threads) return refuse("a thread would have too many units");
+  p.places = columns == 1 ? 1 : round_up(columns, 8);
+  p.cells = p.units / lane_units * (p.places == 1 ? 1 : p.places / 4);
+  if (p.cells > persistent_pairs * persistent_warps) return refuse("a thread would have too many units");
 
-  int64_t shared = 0, workspace = 0;
-  int tile = 0;
-  const int per_chunk = chunk_bytes / size;
+  int64_t shared = 0, step = 0;
+  int64_t tile = 0, staging = 0;
   const auto take = [](int64_t& from, int64_t bytes) {
     const int64_t at = from;
     from += ceil_div(bytes, 128) * 128;
     return at;
   };
+  const bool grid = exchange == Exchange::grid;
   p.barriers = int(take(shared, 2 * max_phases * 8));
-  int most_slots = 1;
   for (int q = 0; q < cell.phases; ++q) {
     Stage& s = p.stage[q];
-    s.slots = backward ? cell.recurrent[q].count : 1;
-    s.rows = (backward ? 1 : cell.recurrent[q].count) * p.units;
-    s.fold = s.rows <= row_tile / 2 && (backward || cell.recurrent[q].count == 1) ? 2 : 1;
-    s.row_warps = int(ceil_div(s.rows, row_tile / s.fold));
+    s.slots = backward ? cell.recurrent[q].count : 1, s.results = backward ? 1 : cell.recurrent[q].count;
+    s.wide = s.results == 1 && p.units > 2 * lane_units;
+    s.row_warps = int(ceil_div(p.units, lane_units * groups_of(s.results, s.wide)));
     if (s.row_warps > persistent_warps) return refuse("a block would have too many rows of the weights");
-    s.chunks = int(ceil_div(int64_t(s.slots) * p.blocks * p.units, per_chunk));
-    s.depth_warps = std::min(persistent_warps / s.row_warps, s.chunks);
+    s.depth_warps = persistent_warps / s.row_warps;
+    s.part = s.slots * p.units * p.places * size;
+    const int vectors = s.part / 16;
+    s.passes = int(ceil_div(int64_t(vectors) * p.blocks, persistent_threads));
+    s.vector_step = persistent_threads % vectors, s.block_step = persistent_threads / vectors;
+    s.chunks = int(ceil_div(int64_t(s.slots) * p.blocks * p.units * size, chunk_bytes));
     s.warp_chunks = int(ceil_div(s.chunks, s.depth_warps));
-    // Rows of the operand 64 bytes off a multiple of 128: eight lanes that load from two of them meet in no bank.
-    s.stride = (s.chunks + (s.chunks + 1) % 2) * per_chunk;
-    const bool grid = exchange == Exchange::grid;
-    s.operand = int(take(shared, (grid ? 1 : 2) * s.operand_bytes(columns, size)));
-    s.handed = int(take(workspace, 2 * s.operand_bytes(columns, size)));
-    const int more = std::max(0, int(ceil_div(s.warp_chunks, s.fold)) - chunks_in_registers(size, backward, cell.phases, q));
-    s.weights = int(take(shared, int64_t(more) * s.row_warps * s.depth_warps * row_tile * chunk_bytes));
-    p.tile_rows = std::max(p.tile_rows, s.row_warps * row_tile + 4);  // 4: a store of the tile meets in no bank
-    tile = std::max(tile, s.depth_warps);
-    most_slots = std::max(most_slots, s.slots);
+    s.bytes = s.chunks * chunk_bytes * p.places;
+    s.operand = int(take(shared, (grid ? 1 : 2) * int64_t(s.bytes)));
+    s.handed = int(take(step, int64_t(p.blocks) * s.part));
+    const int words = 2 * tiles_of(s.results, s.wide),
+              more = std::max(0, s.warp_chunks - words_in_registers(size, backward, cell.phases, q) / words);
+    s.weights = int(take(shared, int64_t(more) * words * s.row_warps * s.depth_warps * 32 * 16));
+    const int floats = s.results == 3 ? 4 : s.results;
+    tile = std::max<int64_t>(tile, int64_t(s.depth_warps) * p.cells * 32 * floats * 4);
+    staging = std::max<int64_t>(staging, s.part);
   }
-  p.tile = int(take(shared, int64_t(tile) * p.tile_columns() * p.tile_rows * 4));
-  p.staging = int(take(shared, int64_t(persistent_threads) * persistent_pairs * most_slots * size));
-  p.flags = int(take(workspace, int64_t(max_phases) * p.blocks * 4));
-  p.workspace_slice = exchange == Exchange::grid ? int(workspace) : 0;
+  p.tile = int(take(shared, tile));
+  p.staging = int(take(shared, grid ? staging : 0));
+  p.step_bytes = grid ? int(step) : 0;
   if (shared > machine.shared_per_block) return refuse("the weights do not fit on chip");
   p.shared_bytes = int(shared);
 
   double clocks = 0;
-  for (int q = 0; q < cell.phases; ++q) clocks += clocks_of(p, p.stage[q], backward, cell.phases, q, size, batch);
+  for (int q = 0; q < cell.phases; ++q) clocks += clocks_of(p, p.stage[q], backward, cell.phases, q, size);
   if (exchange == Exchange::cluster) {
     clocks *= double(ceil_div(int64_t(p.slices) * at_once,
                               clusters_of(machine, blocks)));  // clusters wait for one another's end, for nothing else

@@ -39,7 +39,7 @@ class ForwardPass {
     device_order_.want(kept, order_);
     if (tape_) {
       for (int64_t i = 0; i < spec_.count(); ++i) {
-        kept.want(&saved_[i], {N, cell_.saved, H});
+        kept.want(&saved_[i], {N, H, cell_.saved});
         if (cell_.phases > 1) kept.want(&operand_[i], {N, H});
       }
       for (T*& l : y_) kept.want(&l, {N, w_.width});
@@ -55,7 +55,8 @@ class ForwardPass {
       PerDirection& own = own_[d];
       own.chunk =
           spec_.backward_in_time(d) && !w_.packed ? w_.steps : chunk_steps(w_.steps, B * cell_.input.count * H * sizeof(S));
-      arena_.want(&own.input, {std::min(N, own.chunk * B), cell_.input.count, H});
+      arena_.want(&own.input, {std::min(N, own.chunk * B), H, cell_.input.count});
+      if (cell_.input.count > 1) arena_.want(&own.w_ih, {H, cell_.input.count, std::max(spec_.I, spec_.input_size(L - 1))});
       arena_.want(&own.bias, {cell_.slots, H});
       if (cell_.states > 1) arena_.want(&own.carry, {B, H});
       if (cell_.phases > 1) arena_.want(&own.slots, {B, cell_.slots, H});
@@ -113,13 +114,18 @@ class ForwardPass {
     a.y = y_[l] + d * H, a.y_row = w_.width;
     a.saved = tape_ ? saved_[i] : nullptr;
     a.operand = tape_ ? operand_[i] : own.operand;
+    const T* w_ih = static_cast<const T*>(weights.w_ih);
+    if (cell_.input.count > 1) {
+      interleave_weights<T>(own.w_ih, w_ih, cell_, cell_.input, H, I, on);
+      w_ih = own.w_ih;
+    }
     slot_biases<T>(own.bias, static_cast<const T*>(weights.b_ih), static_cast<const T*>(weights.b_hh), cell_, H, on);
     for (a.begin = 0; a.begin < steps; a.begin = a.end) {
       a.end = int(std::min(a.begin + own.chunk, steps));
       const bool back = a.schedule.backward_in_time, all = a.end - a.begin == steps;
       const int64_t first = all ? 0 : order_.offset[back ? steps - a.end : a.begin];
       const int64_t rows = all ? w_.N : order_.offset[back ? steps - a.begin : a.end] - first;
-      w_.project_input(own.input, x + first * I, rows, static_cast<const T*>(weights.w_ih), I, on);
+      w_.project_input(own.input, x + first * I, rows, w_ih, I, on);
       a.input = own.input - first * cell_.input.count * H;  // it is indexed by the row
       w_.run_layer(a, false, on);
     }
@@ -141,7 +147,7 @@ class ForwardPass {
   T *between_[2] = {}, *masked_ = nullptr, *x_room_ = nullptr, *h0_ = nullptr;
   struct PerDirection {
     S *input, *bias, *carry, *slots;
-    T* operand;
+    T *operand, *w_ih;
     int64_t chunk;  // steps
   } own_[2] = {};
 };

@@ -139,7 +139,7 @@ struct Work {
   Packing packing() const { return order.packing(T_, B); }
 
   Schedule schedule(bool backward_in_time) const {
-    return {int(steps), int(B), backward_in_time, order.active, order.length, order.offset, order.from};
+    return {int(steps), int(B), backward_in_time, order.active, order.length, order.offset, order.from, packed};
   }
   bool is_packed(const Sequence& a, int64_t columns) const {
     return packed && a.column == 1 && a.row == columns && a.step == B * columns;
@@ -159,11 +159,10 @@ struct Work {
     multiply({dtype_of<T>, result, m, n, k, a, lda, a_transposed, b, ldb, b_transposed, c, ldc, adds, options.tf32}, device,
              on);
   }
-  // input (rows, input.count, H) = x (rows, I) W_ih^T
+  // input (rows, H, input.count) = x (rows, I) times W_ih (H, input.count, I), transposed
   void project_input(S* input, const T* x, int64_t rows, const T* w_ih, int64_t I, cudaStream_t on) const {
-    for (const Run& r : runs_of(cell, cell.input))
-      product(dtype_of<S>, rows, r.count * H, I, x, I, false, w_ih + r.gate * H * I, I, true,
-              input + (r.slot - cell.input.first) * H, cell.input.count * H, false, on);
+    const int64_t n = H * cell.input.count;
+    product(dtype_of<S>, rows, n, I, x, I, false, w_ih, I, true, input, n, false, on);
   }
   // dw (gates*H, K) of the slots of a span: their gradients (N, slots, H), transposed, times operands (N, K)
   void weight_gradient(T* dw, Span span, const T* gates, const T* operand, int64_t K, bool adds, cudaStream_t on) const {
@@ -198,8 +197,8 @@ struct Work {
     } else {
       Arena arena;
       void* workspace = nullptr;
-      if (plan.workspace_bytes() > 0) {
-        arena.want_bytes(&workspace, plan.workspace_bytes());
+      if (plan.workspace_bytes(args.steps()) > 0) {
+        arena.want_bytes(&workspace, plan.workspace_bytes(args.steps()));
         arena.allocate(device, on);
       }
       if constexpr (std::is_same_v<Args, ForwardArgs<T>>)

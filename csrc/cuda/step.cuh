@@ -3,6 +3,7 @@
 #pragma once
 
 #include "cuda/product.cuh"
+#include "cuda/quick_activations.cuh"
 #include "cuda/step.h"
 
 namespace fusedrnn::cuda {
@@ -39,7 +40,7 @@ __device__ __forceinline__ V value_at(const T* p, int64_t i) {
 
 template <class T, class Number, class Cell, int p>
 __global__ void __launch_bounds__(product_threads, 1) forward_step(const Call<ForwardArgs<T>>* call, int k) {
-  using V = Scalar<Accumulate<T>>;
+  using V = CellValue<T>;
   constexpr Span span = Cell::recurrent[p];
   const ForwardArgs<T> a = call->args;
   const int s = call->step + k, H = a.H;
@@ -72,7 +73,7 @@ __global__ void __launch_bounds__(product_threads, 1) forward_step(const Call<Fo
                                      } else {
                                        v = a.bias[i * H + u];
                                        if (within(Cell::input, i))
-                                         v += a.input[(at * Cell::input.count + i - Cell::input.first) * H + u];
+                                         v += a.input[(at * H + u) * Cell::input.count + i - Cell::input.first];
                                      }
                                      if (within(span, i)) v += sum[i - span.first];
                                      slot[i] = V(v);
@@ -97,7 +98,7 @@ __global__ void __launch_bounds__(product_threads, 1) forward_step(const Call<Fo
                                      if (a.saved)
 #pragma unroll
                                        for (int i = 0; i < Cell::saved; ++i)
-                                         a.saved[(at * Cell::saved + i) * H + u] = narrow<T>(save[i].r);
+                                         a.saved[(at * H + u) * Cell::saved + i] = narrow<T>(save[i].r);
                                    }
                                  });
 }
@@ -105,7 +106,7 @@ __global__ void __launch_bounds__(product_threads, 1) forward_step(const Call<Fo
 // Phase q of backward at step s; s = -1 leaves what the initial states get.
 template <class T, class Number, class Cell, int q>
 __global__ void __launch_bounds__(product_threads, 1) backward_step(const Call<BackwardArgs<T>>* call, int k) {
-  using V = Scalar<Accumulate<T>>;
+  using V = CellValue<T>;
   constexpr int p = q == 0 ? 0 : Cell::phases - q;  // the forward phase whose operand's gradient the product is
   constexpr Span span = Cell::recurrent[p];
   const BackwardArgs<T> a = call->args;
@@ -147,7 +148,7 @@ __global__ void __launch_bounds__(product_threads, 1) backward_step(const Call<B
         V slot[Cell::slots], save[Cell::saved + 1];
         T* gates = a.gates + at * Cell::slots * H + u;
 #pragma unroll
-        for (int i = 0; i < Cell::saved; ++i) save[i] = V(widen(f.saved[(at * Cell::saved + i) * H + u]));
+        for (int i = 0; i < Cell::saved; ++i) save[i] = V(widen(f.saved[(at * H + u) * Cell::saved + i]));
 #pragma unroll
         for (int i = 0; i < Cell::slots; ++i) slot[i] = q == 0 ? V(0) : V(widen(gates[i * H]));
         Cell::template backward<q>(grad, slot, carry, save, V(widen(f.y[at * f.y_row + u])), value_at<V>(h_before(f, s, j), u));

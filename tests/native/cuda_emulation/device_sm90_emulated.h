@@ -53,11 +53,25 @@ inline float as_float(uint32_t x) {
 }
 inline uint32_t round_to_tf32(uint32_t x) { return (x & 0x7f800000u) == 0x7f800000u ? x : (x + 0x1000u) & ~0x1fffu; }
 
-inline void copy_async(void* to, const void* from) { *static_cast<Words*>(to) = *static_cast<const Words*>(from); }
-inline void copy_async_wait() {}
-inline void store_shared_by_blocks(void* p, Words v) { *static_cast<Words*>(p) = v; }
-inline int load_acquire(const int* p) { return *p; }
-inline void store_release(int* p, int v) { *p = v; }
+using SharedAddress = uint32_t;  // within the block's
+
+inline SharedAddress shared_address(const void* p) {
+  return SharedAddress(static_cast<const unsigned char*>(p) - emulated::current->block->shared);
+}
+template <class V>
+inline V load_shared(SharedAddress at) {
+  V v;
+  memcpy(&v, emulated::current->block->shared + at, sizeof v);
+  return v;
+}
+template <class V>
+inline void store_shared(SharedAddress at, V v) {
+  memcpy(emulated::current->block->shared + at, &v, sizeof v);
+}
+inline int kept(int x) { return x; }
+inline float pick(bool first, float a, float b) { return first ? a : b; }
+inline Words load_given(const void* p) { return *static_cast<const Words*>(p); }
+inline void store_given(void* p, Words v) { *static_cast<Words*>(p) = v; }
 inline void poll_pause() { emulated::yield(); }
 
 inline void sync_cluster() { emulated::meet(emulated::current->block->cluster->meeting); }
@@ -72,11 +86,13 @@ static_assert(sizeof(EmulatedBarrier) == sizeof(uint64_t), "it takes the place o
 inline void emulated_turn(EmulatedBarrier& b) {
   if (b.arrivals == 0 && b.bytes == 0) b.arrivals = 1, b.parity ^= 1;
 }
-inline EmulatedBarrier& emulated_barrier(uint64_t* barrier) { return *reinterpret_cast<EmulatedBarrier*>(barrier); }
+inline EmulatedBarrier& emulated_barrier(SharedAddress barrier) {
+  return *reinterpret_cast<EmulatedBarrier*>(emulated::current->block->shared + barrier);
+}
 
-inline void barrier_init(uint64_t* barrier) { emulated_barrier(barrier) = {0, 1, 0}; }
+inline void barrier_init(SharedAddress barrier) { emulated_barrier(barrier) = {0, 1, 0}; }
 inline void barrier_init_done() {}
-inline void barrier_expect(uint64_t* barrier, unsigned bytes) {
+inline void barrier_expect(SharedAddress barrier, unsigned bytes) {
   EmulatedBarrier& b = emulated_barrier(barrier);
   if (b.arrivals == 0) {
     fprintf(stderr, "emulator: a barrier got a second arrival in one phase\n");
@@ -85,7 +101,7 @@ inline void barrier_expect(uint64_t* barrier, unsigned bytes) {
   b.bytes += int(bytes), --b.arrivals;
   emulated_turn(b);
 }
-inline void barrier_wait(uint64_t* barrier, unsigned parity) {
+inline void barrier_wait(SharedAddress barrier, unsigned parity) {
   struct Awaited {
     const EmulatedBarrier* barrier;
     int parity;
@@ -98,11 +114,10 @@ inline void barrier_wait(uint64_t* barrier, unsigned parity) {
       &awaited);
 }
 
-inline void send(void* p, Words v, unsigned rank, uint64_t* barrier) {
-  const emulated::Block& block = *emulated::current->block;
-  unsigned char* peer = block.cluster->blocks[rank]->shared;
-  *reinterpret_cast<Words*>(peer + (static_cast<unsigned char*>(p) - block.shared)) = v;
-  EmulatedBarrier& b = *reinterpret_cast<EmulatedBarrier*>(peer + (reinterpret_cast<unsigned char*>(barrier) - block.shared));
+inline void send(SharedAddress at, Words v, unsigned rank, SharedAddress barrier) {
+  unsigned char* peer = emulated::current->block->cluster->blocks[rank]->shared;
+  memcpy(peer + at, &v, sizeof v);
+  EmulatedBarrier& b = *reinterpret_cast<EmulatedBarrier*>(peer + barrier);
   b.bytes -= 16;
   emulated_turn(b);
 }
