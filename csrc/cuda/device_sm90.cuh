@@ -77,7 +77,10 @@ __device__ __forceinline__ V load_shared(SharedAddress at) {
   V v;
   if constexpr (sizeof(V) == 16) {
     uint32_t w[4];
-    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(w[0]), "=r"(w[1]), "=r"(w[2]), "=r"(w[3]) : "r"(at) : "memory");
+    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(w[0]), "=r"(w[1]), "=r"(w[2]), "=r"(w[3])
+                 : "r"(at)
+                 : "memory");
     memcpy(&v, w, 16);
   } else if constexpr (sizeof(V) == 8) {
     uint32_t w[2];
@@ -112,6 +115,13 @@ __device__ __forceinline__ void store_shared(SharedAddress at, V v) {
     asm volatile("st.shared.u16 [%0], %1;" ::"r"(at), "h"(w) : "memory");
   }
 }
+// `bytes` (4 or 16) of global memory to shared memory, without a register that waits for them. There for this thread when it
+// has waited.
+template <int bytes>
+__device__ __forceinline__ void copy_async(SharedAddress to, const void* from) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(to), "l"(from), "n"(bytes) : "memory");
+}
+__device__ __forceinline__ void copy_async_wait() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 // x, which the compiler then keeps in a register and does not compute again.
 __device__ __forceinline__ int kept(int x) {
   asm("" : "+r"(x));

@@ -34,11 +34,13 @@ struct Persistent {
   static constexpr int results = backward ? 1 : Cell::recurrent[q].count;
   // Partial sums, of which the tile has [depth_warps][cells][lane].
   template <int n>
-  struct alignas(n == 1 ? 4 : n == 2 ? 8 : 16) Sums {
+  struct alignas(n == 1   ? 4
+                 : n == 2 ? 8
+                          : 16) Sums {
     float of[n == 3 ? 4 : n];
   };
   template <int q>
-  static constexpr int held_words = words_in_registers(sizeof(T), backward, phases, q);
+  static constexpr int held_words = words_in_registers(sizeof(T), backward, Hands::kind, phases, q);
 
   const PersistentPlan& plan;
   const Args& a;
@@ -57,13 +59,13 @@ struct Persistent {
     int unit, column;      // of the block; of the slice, below 0 where this lane has no pair
     int length;            // of the sequence; 0 where there is none
     int row, next, after;  // packed rows of the step whose values were asked for and of the two that follow
-    int place[phases], turn[phases];  // bytes: where it is in each stage's operand; its sequence there, turned
+    int place[phases];     // where it is in each stage's operand: 8 times the bytes, and its sequence, turned
   } pair[pairs];
   // What this warp multiplies in each stage.
   struct Part {
     int groups, tile;     // of 8 units, how many of its own there are; bytes: where the tile has the first. 0: none
     int chunks, operand;  // of k; bytes: where its lane reads the first
-    int vector, to;       // what this thread gives first: 16 bytes of the block's part, to which block
+    int gives;            // which 16 bytes of the block's part this thread gives first, and 65536 times to which block
   } part[phases];
   Words held0[held_words<0>], held1[held_words<phases - 1>];  // weights
 
@@ -77,12 +79,12 @@ struct Persistent {
       const int cell = p * persistent_warps + warp, c = cell % columns;
       const int unit = cell / columns * lane_units + g, column = single ? quarter : c / 2 * 8 + 2 * quarter + c % 2;
       const bool there = cell < plan.cells && column < plan.places, valid = there && column < width && first_unit + unit < f.H;
-      pair[p] = {unit, there ? column : -1, valid ? f.schedule.length[first_row + column] : 0, 0, 0, 0, {}, {}};
+      pair[p] = {unit, there ? column : -1, valid ? f.schedule.length[first_row + column] : 0, 0, 0, 0, {}};
 #pragma unroll
       for (int q = 0; q < phases; ++q) {
         const int v = (exchange.rank * (plan.units / vector) + unit / vector) * plan.stage[q].slots;
-        pair[p].place[q] = kept((v * plan.places + (single ? 0 : column / 8 * 8)) * 16 + unit % vector * int(sizeof(T)));
-        pair[p].turn[q] = kept(turned(column, v));
+        const int bytes = (v * plan.places + (single ? 0 : column / 8 * 8)) * 16 + unit % vector * int(sizeof(T));
+        pair[p].place[q] = kept(bytes * 8 + turned(column, v));
       }
     }
     divide<0>();
@@ -99,7 +101,7 @@ struct Persistent {
     p.tile = kept(((depth * plan.cells + row * groups * columns) * 32 + lane) * int(sizeof(Sums<results<q>>)));
     p.chunks = kept(more < 0 ? 0 : more < s.warp_chunks ? more : s.warp_chunks);
     p.operand = kept((first * 4 + quarter) * plan.places * 16);
-    p.vector = kept(int(threadIdx.x) % (s.part / 16)), p.to = kept(int(threadIdx.x) / (s.part / 16));
+    p.gives = kept(int(threadIdx.x) % (s.part / 16) + (int(threadIdx.x) / (s.part / 16) << 16));
   }
 
   template <int q>
@@ -175,7 +177,8 @@ struct Persistent {
     constexpr int count = results<q>, groups = groups_of(count, wide), tiles = tiles_of(count, wide), words = 2 * tiles;
     constexpr int chunks = held_words<q> / words;
     using P = Product<Number, tiles>;
-    constexpr int group = P::group;
+    constexpr bool many = backward && Hands::kind == Exchange::cluster;  // registers in use
+    constexpr int ahead = many && P::ahead > 2 ? 2 : P::ahead;
     const Part& p = part[q];
     if (p.groups == 0) return;
     const int next = chunk_bytes * plan.places, columns = single ? 1 : plan.places / 4;
@@ -183,21 +186,21 @@ struct Persistent {
     constexpr unsigned size = sizeof(Sums<count>);
     for (int c = 0; c < plan.places; c += 8, at += 8 * 16, to += 2 * 32 * size) {
       P sum;
-      const auto load = [&](int i) { return i < p.chunks ? P::load(at + unsigned(i * next), g, quarter, single) : P::none(); };
+      const auto load = [&](int i) { return P::load(at + unsigned(i * next), g, quarter, single); };
+      typename P::Operand b[ahead];
 #pragma unroll
-      for (int i = 0; i < chunks; i += group) {
-        if (i < p.chunks) {
-          typename P::Operand b[group];
+      for (int i = 0; i < ahead - 1; ++i)
+        if (i < chunks && i < p.chunks) b[i] = load(i);
 #pragma unroll
-          for (int j = 0; j < group; ++j) b[j] = i + j < chunks ? load(i + j) : P::none();
-#pragma unroll
-          for (int j = 0; j < group; ++j)
-            if (i + j < chunks) sum.add([&](int x) -> const Words& { return held<q>()[(i + j) * words + x]; }, b[j]);
-        }
+      for (int i = 0; i < chunks; ++i) {
+        if (i >= p.chunks) break;
+        constexpr int more = ahead - 1;
+        if (i + more < chunks && i + more < p.chunks) b[(i + more) % ahead] = load(i + more);
+        sum.add([&](int x) -> const Words& { return held<q>()[i * words + x]; }, b[i % ahead]);
       }
 #pragma unroll(sizeof(T) == 2 ? 2 : 1)
       for (int i = chunks; i < p.chunks; ++i) {
-        const typename P::Operand b = P::load(at + unsigned(i * next), g, quarter, single);
+        const typename P::Operand b = load(i);
         Words w[words];
 #pragma unroll
         for (int x = 0; x < words; ++x) w[x] = load_shared<Words>(spilled<q>((i - chunks) * words + x));
@@ -245,7 +248,7 @@ struct Persistent {
   // Operand k of stage q is awaited and multiplied; then add_sums finds results.
   template <int q>
   __device__ __forceinline__ void product(int k) {
-    exchange.wait(q, k);
+    exchange.template wait<backward ? 4 : 3>(q, k);
     by_width<q>([&](auto wide) { multiply<q, decltype(wide)::value>(k); });
     sync_block();
   }
@@ -284,12 +287,12 @@ struct Persistent {
   __device__ __forceinline__ void stage_value(int p, int slot, int k, T value) const {
     if (pair[p].column < 0) return;
     if (sizeof(T) == 4 && plan.tf32) value = rounded_to_tf32(value);
-    const int turn = single ? 0 : turned(pair[p].turn[q], slot);
-    store_shared(exchange.part(q, k) + unsigned(pair[p].place[q] + slot * plan.places * 16 + turn * 16), Hands::clean(value));
+    const int place = pair[p].place[q], turn = single ? 0 : turned(place, slot);
+    store_shared(exchange.part(q, k) + unsigned((place >> 3) + (slot * plan.places + turn) * 16), Hands::clean(value));
   }
   template <int q>
   __device__ __forceinline__ void give(int k) const {
-    exchange.give(q, k, part[q].vector, part[q].to);
+    exchange.give(q, k, part[q].gives & 0xffff, part[q].gives >> 16);
   }
   static __device__ __forceinline__ T rounded_to_tf32(T value) {
     if constexpr (sizeof(T) == 4) {
@@ -310,8 +313,7 @@ struct Persistent {
   template <int q>
   __device__ __forceinline__ void start() {
     by_width<q>([&](auto wide) { load_weights<q, decltype(wide)::value>(); });
-    for (int k = 0; k < (Hands::kind == Exchange::cluster ? 2 : 1); ++k)
-      clear(exchange.operand(q, k), plan.stage[q].bytes);
+    for (int k = 0; k < (Hands::kind == Exchange::cluster ? 2 : 1); ++k) clear(exchange.operand(q, k), plan.stage[q].bytes);
     if (Hands::kind == Exchange::grid) clear(shared + unsigned(plan.staging), plan.stage[q].part);
     exchange.start(q);
   }
@@ -327,17 +329,20 @@ struct Persistent {
     return s >= 0 && runs(p, s) ? int(order.offset[order.backward_in_time ? pair[p].length - 1 - s : s]) + sequence(p) : 0;
   }
   __device__ __forceinline__ int sequence(int p) const { return first_row + pair[p].column; }  // of the batch, sorted
-  __device__ __forceinline__ int unit_of(int p) const { return first_unit + pair[p].unit; }    // of all
-  __device__ __forceinline__ int64_t state_at(int p) const {
-    return int64_t(f.schedule.from[sequence(p)]) * f.H + unit_of(p);
-  }
+  __device__ __forceinline__ int unit_of(int p) const { return first_unit + pair[p].unit; }  // of all
+  __device__ __forceinline__ int64_t state_at(int p) const { return int64_t(f.schedule.from[sequence(p)]) * f.H + unit_of(p); }
   __device__ __forceinline__ int64_t place(int p, int64_t row) const { return row * f.H + unit_of(p); }
   __device__ __forceinline__ int64_t carry_at(int p) const { return int64_t(sequence(p)) * f.H + unit_of(p); }
 
   // ---- forward
 
   V bias[backward ? 1 : pairs][Cell::slots], state[pairs][Cell::states], slot[pairs][Cell::slots];
-  alignas(16) float input[backward ? 1 : pairs][Cell::input.count];
+  // Where the input of pair p waits for its step: no register would do, since the compiler moves those between steps, and a
+  // move waits for what is asked for.
+  static constexpr int inputs = Cell::input.count;
+  __device__ __forceinline__ SharedAddress input(int p) const {
+    return shared + unsigned(plan.input + (p * persistent_threads + int(threadIdx.x)) * inputs * 4);
+  }
 
   // Asks for the input of step s, whose row is known, and for the row of the next.
   __device__ __forceinline__ void ask_forward(int s) {
@@ -345,12 +350,12 @@ struct Persistent {
     for (int p = 0; p < pairs; ++p) {
       pair[p].row = pair[p].next;
       if (!runs(p, s)) continue;
-      const float* from = f.input + place(p, pair[p].row) * Cell::input.count;
-      if constexpr (Cell::input.count == 4)
-        load_16_bytes(input[p], from);
+      const float* from = f.input + place(p, pair[p].row) * inputs;
+      if constexpr (inputs == 4)
+        copy_async<16>(input(p), from);
       else
 #pragma unroll
-        for (int i = 0; i < Cell::input.count; ++i) input[p][i] = from[i];
+        for (int i = 0; i < inputs; ++i) copy_async<4>(input(p) + 4u * i, from + i);
       pair[p].next = row(p, s + 1);
     }
   }
@@ -391,16 +396,26 @@ struct Persistent {
     const int k = s - begin, next_k = last ? k + 1 : k;
     V save[pairs][Cell::saved + 1], operand[pairs];
     product<q>(k);
+    if (q == 0) copy_async_wait();
 #pragma unroll
     for (int p = 0; p < pairs; ++p) {
       if (!runs(p, s)) continue;
-      if constexpr (q == 0)
+      if constexpr (q == 0) {
+        float fed[inputs];
+        if constexpr (inputs == 4) {
+          const Words words = load_shared<Words>(input(p));
+          memcpy(fed, &words, sizeof fed);
+        } else {
+#pragma unroll
+          for (int i = 0; i < inputs; ++i) fed[i] = load_shared<float>(input(p) + 4u * i);
+        }
 #pragma unroll
         for (int i = 0; i < Cell::slots; ++i) {
-          const int fed = i - Cell::input.first;
+          const int n = i - Cell::input.first;
           slot[p][i] = bias[p][i];
-          if (fed >= 0 && fed < Cell::input.count) slot[p][i] += V(input[p][fed]);
+          if (n >= 0 && n < inputs) slot[p][i] += V(fed[n]);
         }
+      }
       add_sums<q>(p, slot[p] + span.first);
       Cell::template forward<q>(slot[p], state[p], save[p], &operand[p]);
       const T value = narrow<T>((last ? state[p][0] : operand[p]).r);
@@ -536,8 +551,7 @@ __global__ void __launch_bounds__(persistent_threads, 1)
         Persistent<T, Cell, false, Hands>(plan, args, args, exchange).run_forward();
     };
     if constexpr (std::is_same_v<Hands, GridExchange>)
-      run({plan, rank, shared, workspace + int64_t(blockIdx.x) / plan.blocks * plan.step_bytes,
-           int64_t(plan.slices) * plan.step_bytes});
+      run({plan, rank, shared, int(blockIdx.x) / plan.blocks, workspace});
     else
       run({plan, rank, shared});
   }

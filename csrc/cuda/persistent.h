@@ -34,8 +34,9 @@ FUSEDRNN_HD constexpr int tiles_of(int count, bool wide) { return count * groups
 
 // Of a lane's weights, 16 bytes each, those that registers hold; the rest is in shared memory. As many as leave nothing
 // to spill: float32's products need more registers for other things.
-FUSEDRNN_HD constexpr int words_in_registers(int size, bool backward, int phases, int stage) {
-  if (size == 2) return phases > 1 ? (stage == 0 ? 20 : 12) : 32;
+FUSEDRNN_HD constexpr int words_in_registers(int size, bool backward, Exchange exchange, int phases, int stage) {
+  if (size == 2 && phases > 1) return stage == 1 ? 12 : backward ? 16 : 20;
+  if (size == 2) return backward && exchange == Exchange::grid ? 28 : 32;
   return (phases > 1 ? (stage == 0 ? 12 : 8) : 20) - (backward && stage == 0 ? 4 : 0);
 }
 
@@ -46,7 +47,7 @@ struct Stage {
   bool wide;                   // see groups_of
   int row_warps, depth_warps;  // the warps split the units and k
   int chunks, warp_chunks;     // of k: all; of one warp
-  int part;                    // bytes of the operand that each block gives
+  int part, arriving;          // bytes of the operand: what a block gives; what it gets
   int passes, vector_step, block_step;  // of a cluster: a thread gives 16 bytes to a block, then others to another
   int bytes;                   // of the operand
   int operand, weights;        // bytes: where they lie in shared memory. Of a cluster, two operands side by side
@@ -61,7 +62,7 @@ struct PersistentPlan {
   int blocks, units;    // of a group; of a block, a multiple of 8
   Stage stage[max_phases];
   int cells;                    // of 8 units and every other one of 8 sequences, one of each for a lane: see persistent.cuh
-  int tile, staging, barriers;  // bytes, in shared memory
+  int tile, staging, barriers, input;  // bytes, in shared memory
   int shared_bytes;
   int step_bytes;  // of a grid, in global memory: what a slice's blocks give one another in a step
   bool tf32;

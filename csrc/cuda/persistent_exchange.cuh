@@ -31,32 +31,37 @@ struct ClusterExchange {
   static __device__ __forceinline__ T clean(T value) {
     return value;
   }
-  __device__ __forceinline__ unsigned arriving(int q) const { return unsigned((plan.blocks - 1) * plan.stage[q].part); }
   __device__ __forceinline__ void start(int q) const {
     if (threadIdx.x != 0) return;
     for (int k = 0; k < 2; ++k) {
       barrier_init(barrier(q, k));
-      barrier_expect(barrier(q, k), arriving(q));
+      barrier_expect(barrier(q, k), unsigned(plan.stage[q].arriving));
     }
     barrier_init_done();
   }
   __device__ __forceinline__ void sync_group() const { sync_cluster(); }
+  template <int batch>
   __device__ __forceinline__ void wait(int q, int k) const {
-    if (plan.blocks == 1) return;  // give() was a barrier
+    if (plan.stage[q].arriving == 0) return;  // one block: give() was a barrier
     barrier_wait(barrier(q, k), unsigned(k) >> 1 & 1);
-    if (threadIdx.x == 0) barrier_expect(barrier(q, k), arriving(q));  // of k + 2, which nobody gives before we give k + 1
+    if (threadIdx.x == 0)
+      barrier_expect(barrier(q, k), unsigned(plan.stage[q].arriving));  // of k + 2, which nobody gives before we give k + 1
   }
   // Neighbouring lanes store neighbouring 16 bytes to the same block: what goes to several at once takes longer.
   __device__ __forceinline__ void give(int q, int k, int vector, int to) const {
     sync_block();
-    const int bytes = plan.stage[q].part, passes = plan.stage[q].passes;
-    const SharedAddress own = operand(q, k) + unsigned(rank * bytes), done = barrier(q, k);
+    const Stage& s = plan.stage[q];
+    SharedAddress at = operand(q, k) + unsigned(rank * s.part + vector * 16);
+    const SharedAddress done = barrier(q, k);
+    Words words = load_shared<Words>(at);
     for (int i = 0;;) {
-      const SharedAddress at = own + unsigned(vector * 16);
-      if (to < plan.blocks && to != rank) send(at, load_shared<Words>(at), unsigned(to), done);
-      if (++i >= passes) break;
-      vector += plan.stage[q].vector_step, to += plan.stage[q].block_step;
-      if (vector * 16 >= bytes) vector -= bytes / 16, ++to;
+      if (to < plan.blocks && to != rank) send(at, words, unsigned(to), done);
+      if (++i >= s.passes) break;
+      to += s.block_step;
+      if (s.vector_step == 0) continue;
+      vector += s.vector_step, at += unsigned(s.vector_step * 16);
+      if (vector * 16 >= s.part) vector -= s.part / 16, at -= unsigned(s.part), ++to;
+      words = load_shared<Words>(at);
     }
   }
 #endif
@@ -66,12 +71,11 @@ struct ClusterExchange {
 // sees by the values whether they are there: one way through the cache less than by a flag.
 struct GridExchange {
   static constexpr Exchange kind = Exchange::grid;
-  static constexpr int batch = 4;  // loads of a thread in flight
   const PersistentPlan& plan;
   const int rank;
   const SharedAddress shared;
-  unsigned char* const workspace;  // of the slice, in the first step
-  const int64_t step;              // bytes from a step's to the next
+  const int slice;
+  unsigned char* const workspace;  // [step][slice]
 
   __device__ __forceinline__ SharedAddress operand(int q, int) const { return shared + unsigned(plan.stage[q].operand); }
   __device__ __forceinline__ SharedAddress part(int q, int) const {
@@ -83,13 +87,17 @@ struct GridExchange {
   }
   __device__ __forceinline__ void start(int) const {}
   __device__ __forceinline__ void sync_group() const { sync_block(); }
-  __device__ __forceinline__ unsigned char* handed(int q, int k) const { return workspace + k * step + plan.stage[q].handed; }
+  __device__ __forceinline__ unsigned char* handed(int q, int k) const {
+    return workspace + int64_t(k * plan.slices + slice) * plan.step_bytes + plan.stage[q].handed;
+  }
+  template <int batch>  // loads of a thread in flight
   __device__ __forceinline__ void wait(int q, int k) const {
     constexpr int stride = persistent_threads * 16;
     const int bytes = plan.blocks * plan.stage[q].part;
     const unsigned char* from = handed(q, k) + threadIdx.x * 16;
     SharedAddress to = operand(q, k) + threadIdx.x * 16;
-    for (int left = bytes - int(threadIdx.x) * 16; left > 0; left -= batch * stride, from += batch * stride, to += batch * stride) {
+    for (int left = bytes - int(threadIdx.x) * 16; left > 0;
+         left -= batch * stride, from += batch * stride, to += batch * stride) {
       Words w[batch];
 #pragma unroll
       for (int i = 0; i < batch; ++i)

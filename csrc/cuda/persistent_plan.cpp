@@ -1,5 +1,4 @@
-// Which persistent plan fits, and what a step of it should take. The costs are what bench/native/cuda_latency.cu measured on
-// an H100 and an H200: see docs/cuda.md.
+// Which persistent plan fits, and what a step of it should take.
 #include <algorithm>
 
 #include "cuda/persistent.h"
@@ -8,15 +7,14 @@ namespace fusedrnn::cuda {
 
 namespace {
 
-constexpr double clock_per_us = 1755;  // cycles
-constexpr double shared_bytes_per_clock = 113;
-constexpr double products_per_clock = 1220;  // of a multiprocessor's mma.sync, 16 bits; half of it for TF32
-constexpr double fma_per_clock = 121;
-constexpr double step_clocks = 500;     // a phase's sums, cell, barriers and stores
-constexpr double cluster_clocks = 500;  // from a copy to a peer until the peer's barrier lets it pass
-constexpr double cluster_bytes_per_clock = 23;
-constexpr double grid_clocks = 1150;  // a store, and the loads that look for it, through the second cache level
-constexpr double grid_bytes_per_clock = 45;
+// Cycles of a step, fitted to the times of all plans of 120 layers on an H200 (bench/native/cuda_steps.cpp): the plan that
+// takes least by this sum takes 0.3 % more than the fastest, on the average.
+constexpr double clock_per_us = 1800;
+constexpr double step_clocks = 1530, more_pairs_clocks = 1160;  // sums, cell, barriers, stores; for a thread's further pairs
+constexpr double products_per_clock = 820, tf32_products_per_clock = 410, fma_per_clock = 82;  // of a multiprocessor
+constexpr double weights_per_clock = 175, operand_per_clock = 500;  // bytes of shared memory, beside the products
+constexpr double cluster_clocks = 430, cluster_bytes_per_clock = 19;  // an exchange, and what comes into a block
+constexpr double grid_clocks = 960, grid_bytes_per_clock = 17.5;
 
 int round_up(int64_t n, int to) { return int(ceil_div(n, to) * to); }
 
@@ -33,20 +31,19 @@ int clusters_of(const Machine& machine, int blocks) {
 }
 
 double clocks_of(const PersistentPlan& p, const Stage& s, bool backward, int phases, int q, int size) {
-  const int words = 2 * tiles_of(s.results, s.wide), held = words_in_registers(size, backward, phases, q) / words;
+  const int words = 2 * tiles_of(s.results, s.wide), held = words_in_registers(size, backward, p.exchange, phases, q) / words;
   const double warps = s.row_warps * s.depth_warps, more = std::max(0, s.warp_chunks - held);
-  const double weights = more * words * 32 * 16 * warps;  // bytes
-  const double operand = double(s.bytes) * s.row_warps;
+  const double weights = more * words * 32 * 16 * warps * std::max(1, p.places / 8), operand = double(s.bytes) * s.row_warps;
   const double rows = double(tiles_of(s.results, s.wide)) * 16 * s.row_warps, k = double(s.chunks) * chunk_bytes / size;
-  const double rate = size == 2 ? products_per_clock : p.tf32 ? products_per_clock / 2 : fma_per_clock;
   const double columns = size == 4 && !p.tf32 ? p.places : std::max(8, p.places);
+  const double rate = size == 2 ? products_per_clock : p.tf32 ? tf32_products_per_clock : fma_per_clock;
   const double product =
-      std::max(rows * k * columns / (rate * warps / persistent_warps), (weights + operand) / shared_bytes_per_clock);
+      rows * k * columns / (rate * warps / persistent_warps) + weights / weights_per_clock + operand / operand_per_clock;
   const double bytes = double(s.part) * p.blocks;  // into a block
   const double exchange = p.exchange == Exchange::grid ? grid_clocks + bytes / grid_bytes_per_clock
                           : p.blocks > 1               ? cluster_clocks + bytes / cluster_bytes_per_clock
                                                        : 0;
-  return product + step_clocks + exchange;
+  return step_clocks + (ceil_div(p.cells, persistent_warps) - 1) * more_pairs_clocks + product + exchange;
 }
 
 }  // namespace
@@ -86,6 +83,7 @@ PersistentPlan persistent_plan(const CellInfo& cell, int size, bool backward, in
     if (s.row_warps > persistent_warps) return refuse("a block would have too many rows of the weights");
     s.depth_warps = persistent_warps / s.row_warps;
     s.part = s.slots * p.units * p.places * size;
+    s.arriving = (p.blocks - 1) * s.part;
     const int vectors = s.part / 16;
     s.passes = int(ceil_div(int64_t(vectors) * p.blocks, persistent_threads));
     s.vector_step = persistent_threads % vectors, s.block_step = persistent_threads / vectors;
@@ -95,7 +93,7 @@ PersistentPlan persistent_plan(const CellInfo& cell, int size, bool backward, in
     s.operand = int(take(shared, (grid ? 1 : 2) * int64_t(s.bytes)));
     s.handed = int(take(step, int64_t(p.blocks) * s.part));
     const int words = 2 * tiles_of(s.results, s.wide),
-              more = std::max(0, s.warp_chunks - words_in_registers(size, backward, cell.phases, q) / words);
+              more = std::max(0, s.warp_chunks - words_in_registers(size, backward, exchange, cell.phases, q) / words);
     s.weights = int(take(shared, int64_t(more) * words * s.row_warps * s.depth_warps * 32 * 16));
     const int floats = s.results == 3 ? 4 : s.results;
     tile = std::max<int64_t>(tile, int64_t(s.depth_warps) * p.cells * 32 * floats * 4);
@@ -103,6 +101,8 @@ PersistentPlan persistent_plan(const CellInfo& cell, int size, bool backward, in
   }
   p.tile = int(take(shared, tile));
   p.staging = int(take(shared, grid ? staging : 0));
+  const int rounds = int(ceil_div(p.cells, persistent_warps));  // pairs of a thread
+  p.input = int(take(shared, backward ? 0 : int64_t(rounds) * persistent_threads * cell.input.count * 4));
   p.step_bytes = grid ? int(step) : 0;
   if (shared > machine.shared_per_block) return refuse("the weights do not fit on chip");
   p.shared_bytes = int(shared);

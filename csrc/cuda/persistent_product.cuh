@@ -15,7 +15,7 @@ FUSEDRNN_HD_INLINE int turned(int sequence, int v) { return (sequence + 2 * v) &
 // of sequence g of the operand. The unit wants other places of k in a lane, but the order of a sum's terms is ours.
 template <class Number, int tiles>
 struct Product {
-  static constexpr int group = 4;  // chunks whose operand is loaded at once
+  static constexpr int ahead = 3;  // chunks whose operand is asked for before it is their turn
   using Operand = Words;
   float d[tiles][2][4] = {};  // two chains of sums for each tile: one alone would wait for itself
 
@@ -23,7 +23,6 @@ struct Product {
   static __device__ __forceinline__ Operand load(SharedAddress at, int g, int q, bool single) {
     return load_shared<Words>(at + unsigned(single ? 0 : turned(g, q) * 16));
   }
-  static __device__ __forceinline__ Operand none() { return no_words(); }
   // weights(x): of half tile x
   template <class Weights>
   __device__ __forceinline__ void add(Weights weights, const Operand& b) {
@@ -38,16 +37,14 @@ struct Product {
   }
   __device__ __forceinline__ void finish(int) {}
   // The sum of half tile x's row g and sequence 2 q + e.
-  __device__ __forceinline__ float at(int x, int e) const {
-    return d[x / 2][0][x % 2 * 2 + e] + d[x / 2][1][x % 2 * 2 + e];
-  }
+  __device__ __forceinline__ float at(int x, int e) const { return d[x / 2][0][x % 2 * 2 + e] + d[x / 2][1][x % 2 * 2 + e]; }
 };
 
 // float32 without TF32: lanes have the weights of the tensor cores' way, but each meets all sequences, and four lanes add
 // what they found.
 template <int tiles>
 struct Product<float, tiles> {
-  static constexpr int group = 1;
+  static constexpr int ahead = 1;
   struct Operand {
     Words of[8];
   };
@@ -59,7 +56,6 @@ struct Product<float, tiles> {
     for (int n = 0; n < 8; ++n) b.of[n] = load_shared<Words>(at + unsigned(turned(n, q) * 16));
     return b;
   }
-  static __device__ __forceinline__ Operand none() { return {}; }
   template <class Weights>
   __device__ __forceinline__ void add(Weights weights, const Operand& b) {
 #pragma unroll
@@ -92,14 +88,11 @@ struct Product<float, tiles> {
 struct OneSequence {};
 template <int tiles>
 struct Product<OneSequence, tiles> {
-  static constexpr int group = 4;
+  static constexpr int ahead = 4;
   using Operand = Words;
   float d[2 * tiles] = {};
 
-  static __device__ __forceinline__ Operand load(SharedAddress at, int, int, bool) {
-    return load_shared<Words>(at);
-  }
-  static __device__ __forceinline__ Operand none() { return no_words(); }
+  static __device__ __forceinline__ Operand load(SharedAddress at, int, int, bool) { return load_shared<Words>(at); }
   template <class Weights>
   __device__ __forceinline__ void add(Weights weights, const Operand& b) {
 #pragma unroll

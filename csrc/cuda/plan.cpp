@@ -8,6 +8,7 @@ namespace fusedrnn::cuda {
 namespace {
 std::atomic<int> forced{-1};
 std::atomic<int64_t> forced_chunk{0};
+std::atomic<bool> forced_beside{false};
 constexpr int64_t most_input_bytes = int64_t(512) << 20;  // more would gain nothing: a launch per chunk is little then
 }  // namespace
 
@@ -18,6 +19,16 @@ int64_t chunk_steps(int64_t steps, int64_t bytes_per_step) {
   const int64_t most = std::max<int64_t>(1, most_input_bytes / std::max<int64_t>(1, bytes_per_step));
   const int64_t chunks = std::max<int64_t>(1, (steps + most - 1) / most);
   return (steps + chunks - 1) / chunks;
+}
+
+void set_beside_override(bool on) { forced_beside = on; }
+
+bool projects_beside(const LayerPlan& plan, DType dtype, bool tf32, int64_t steps, double operations, const Machine& machine) {
+  if (steps < 4) return false;
+  if (forced_beside) return true;
+  const PersistentPlan& p = plan.persistent;
+  const double rate = size_of(dtype) == 2 ? 5e14 : tf32 ? 2e14 : 4e13;  // of a whole card, a second
+  return plan.path == Path::persistent && 4 * p.blocks * p.slices <= 3 * machine.processors && operations / rate > 50e-6;
 }
 
 void set_path_override(int path) { forced = path; }

@@ -26,9 +26,14 @@ std::string describe(const LayerPlan& plan);
 // Steps whose input projection, of `bytes_per_step` each, is there at once.
 int64_t chunk_steps(int64_t steps, int64_t bytes_per_step);
 
+// Whether the input of a layer's later steps is projected beside its first ones: where the recurrence leaves multiprocessors
+// idle, and the product, of `operations`, takes long enough to be worth a second launch.
+bool projects_beside(const LayerPlan& plan, DType dtype, bool tf32, int64_t steps, double operations, const Machine& machine);
+
 // For tests: the path that layers take where they can, or -1 for the plan's own choice. Process-wide.
 void set_path_override(int path);
 int path_override();
 void set_chunk_override(int64_t steps);  // 0: as chunk_steps finds
+void set_beside_override(bool on);       // inputs are projected beside the recurrence however small
 
 }  // namespace fusedrnn::cuda

@@ -120,15 +120,42 @@ class ForwardPass {
       w_ih = own.w_ih;
     }
     slot_biases<T>(own.bias, static_cast<const T*>(weights.b_ih), static_cast<const T*>(weights.b_hh), cell_, H, on);
-    for (a.begin = 0; a.begin < steps; a.begin = a.end) {
-      a.end = int(std::min(a.begin + own.chunk, steps));
-      const bool back = a.schedule.backward_in_time, all = a.end - a.begin == steps;
-      const int64_t first = all ? 0 : order_.offset[back ? steps - a.end : a.begin];
-      const int64_t rows = all ? w_.N : order_.offset[back ? steps - a.begin : a.end] - first;
-      w_.project_input(own.input, x + first * I, rows, w_ih, I, on);
-      a.input = own.input - first * cell_.input.count * H;  // it is indexed by the row
+    const int64_t width = cell_.input.count * H;
+    // Projects the input of steps [begin, end) to where it belongs when own.input has row `base` first.
+    const auto project = [&](int64_t begin, int64_t end, int64_t base, cudaStream_t stream) {
+      const Rows rows = rows_of_steps(a.schedule, begin, end);
+      w_.project_input(own.input + (rows.first - base) * width, x + rows.first * I, rows.count, w_ih, I, stream);
+      a.input = own.input - base * width;  // it is indexed by the row
+    };
+    const auto recur = [&](int64_t begin, int64_t end) {
+      a.begin = int(begin), a.end = int(end);
       w_.run_layer(a, false, on);
+    };
+    if (own.chunk == steps && w_.projects_beside(I)) {
+      const int64_t head = steps / 4;
+      project(0, head, 0, on);
+      Fork beside(call_.device, on, 2);
+      recur(0, head);  // before the other product, so that it finds its multiprocessors free
+      project(head, steps, 0, beside.of(1));
+      beside.join();
+      recur(head, steps);
+    } else {
+      for (int64_t begin = 0; begin < steps; begin += own.chunk) {
+        const int64_t end = std::min(begin + own.chunk, steps);
+        project(begin, end, rows_of_steps(a.schedule, begin, end).first, on);
+        recur(begin, end);
+      }
     }
+  }
+  // Rows of steps in the order of processing: side by side, if they are all steps or `chunk` allows for them.
+  struct Rows {
+    int64_t first, count;
+  };
+  Rows rows_of_steps(const Schedule& schedule, int64_t begin, int64_t end) const {
+    if (end - begin == w_.steps) return {0, w_.N};
+    const bool back = schedule.backward_in_time;
+    const int64_t first = order_.offset[back ? w_.steps - end : begin];
+    return {first, order_.offset[back ? w_.steps - begin : end] - first};
   }
 
   const StackForward& call_;

@@ -178,10 +178,18 @@ struct Work {
       adds = true;
     }
   }
+  LayerPlan plan_layer(bool backward) const {
+    return layer_plan(cell, dtype_of<T>, backward, H, B, N, options.tf32, spec.D, machine_of(device));
+  }
+  bool projects_beside(int64_t I) const {
+    const double operations = 2.0 * double(N) * double(cell.input.count * H) * double(I);
+    return spec.D == 1 && packed &&
+           cuda::projects_beside(plan_layer(false), dtype_of<T>, options.tf32, steps, operations, machine_of(device));
+  }
   template <class Args>
   void run_layer(const Args& args, bool backward, cudaStream_t on) const {
     for (;;) {
-      const LayerPlan plan = layer_plan(cell, dtype_of<T>, backward, H, B, N, options.tf32, spec.D, machine_of(device));
+      const LayerPlan plan = plan_layer(backward);
       if (traces())
         fprintf(stderr, "fusedrnn: %s %s on cuda:%d: T=%lld B=%lld H=%lld %s: %s\n", backward ? "backward" : "forward",
                 cell.name, device, (long long)T_, (long long)B, (long long)H, name_of(dtype_of<T>), describe(plan).c_str());

@@ -321,6 +321,13 @@ void check_chunks() {
     }
   }
   cuda::set_chunk_override(0);
+  cuda::set_beside_override(true);
+  for (int cell = 0; cell < cell_count; ++cell)
+    for (bool reverse : {false, true}) {
+      check_type(cuda::DType::float32, {cell, 9, 3, 4, 5, 2, 1, true, reverse});
+      check_type(cuda::DType::bfloat16, {cell, 7, 3, 4, 9, 1, 1, true, reverse});
+    }
+  cuda::set_beside_override(false);
 }
 
 void check_tape() {
@@ -395,7 +402,7 @@ void check_memory() {
 
 // A driver that refuses a launch when it comes, though it had room when it was asked: another plan takes its place.
 void check_refusals() {
-  const Shape shape{0, 2, 2, 3, 200};
+  const Shape shape{0, 2, 1, 3, 200};
   const auto plan = [&](bool backward) {
     return cuda::layer_plan(cells[0], cuda::DType::float32, backward, shape.H, shape.B, shape.T * shape.B, false, 1,
                             cuda::machine_of(0));

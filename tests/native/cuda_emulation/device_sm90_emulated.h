@@ -68,6 +68,11 @@ template <class V>
 inline void store_shared(SharedAddress at, V v) {
   memcpy(emulated::current->block->shared + at, &v, sizeof v);
 }
+template <int bytes>
+inline void copy_async(SharedAddress to, const void* from) {
+  memcpy(emulated::current->block->shared + to, from, bytes);
+}
+inline void copy_async_wait() {}
 inline int kept(int x) { return x; }
 inline float pick(bool first, float a, float b) { return first ? a : b; }
 inline Words load_given(const void* p) { return *static_cast<const Words*>(p); }
