@@ -3,8 +3,8 @@
 Both are given the same weights and PyTorch's tensors, on PyTorch's stream. Each case first compares the two
 answers. Then they take turns, in slots of many calls between two CUDA events; a row has each one's median
 over the rounds and the ratio of these, theirs over ours. PyTorch runs in every setting that may suit it best,
-and the best is what counts. It has no GRU that resets before its product, and its packed sequences stand for
-our `lengths`.
+CUDA graphs among them, and the best is what counts. It has no GRU that resets before its product, and its
+packed sequences stand for our `lengths`.
 """
 
 from __future__ import annotations
@@ -136,8 +136,9 @@ class Pair:
         return y, torch.autograd.grad(y, [x, *self.theirs.parameters()], self.dy)[1:]
 
     def settings(self) -> Iterator[tuple[str, Call]]:
-        """Theirs in each setting: cuDNN choosing by its rules, and by its own measurement."""
-        backends = self.torch.backends
+        """Theirs in each setting: cuDNN choosing by its rules, and by its own measurement, and each of these
+        as a CUDA graph, which spares the host the launch of every kernel."""
+        backends, torch = self.torch.backends, self.torch
 
         def within(measured: bool) -> Call:
             def call() -> Any:
@@ -147,8 +148,19 @@ class Pair:
 
             return call
 
-        yield "cuDNN", within(False)
-        yield "cuDNN, benchmark", within(True)
+        for name, call in (("cuDNN", within(False)), ("cuDNN, benchmark", within(True))):
+            yield name, call
+            side, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+            try:
+                with torch.cuda.stream(side):
+                    for _ in range(3):
+                        call()
+                with torch.cuda.graph(graph, stream=side):
+                    call()
+            except RuntimeError:  # not every call can be captured
+                torch.cuda.synchronize()
+                continue
+            yield f"{name}, graph", graph.replay
 
     def disagreement(self) -> float:
         """The largest distance of the two answers over its bound; above 1 one of them is wrong."""

@@ -351,17 +351,21 @@ void bias_gradients(T* db_ih, T* db_hh, const T* gates, Accumulate<T>* workspace
          adds);
 }
 
+constexpr unsigned most_summing_blocks = 512;  // each of their warps adds to the one sum, in turn
+
 template <class T>
 void add_checksum(unsigned long long* sum, const T* data, int64_t n, int64_t index, cudaStream_t stream) {
   if (n == 0) return;
-  launch("checksum", flat(n, stream), checksum_kernel<T>, sum, data, n, index);
+  Launch how = flat(n, stream);
+  how.grid.x = std::min(how.grid.x, most_summing_blocks);
+  launch("checksum", how, checksum_kernel<T>, sum, data, n, index);
 }
 
 template <class T>
 void add_checksum(unsigned long long* sum, const Strided<const T>& a, int64_t width, const Packing& p, cudaStream_t stream) {
   if (p.T_ * p.B * width == 0) return;
   Launch how = over_rows(p.T_ * p.B, stream);
-  how.grid.x = std::min(how.grid.x, 4096u);  // each warp adds once
+  how.grid.x = std::min(how.grid.x, most_summing_blocks);
   launch("checksum_rows", how, checksum_rows_kernel<T>, sum, a, width, p);
 }
 

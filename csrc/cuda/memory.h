@@ -7,6 +7,7 @@
 
 #include <vector>
 
+struct CUevent_st;
 struct CUstream_st;
 
 namespace fusedrnn::cuda {
@@ -38,6 +39,22 @@ class Arena {
   void* data_ = nullptr;
   int device_ = 0;
   CUstream_st* stream_ = nullptr;
+};
+
+// Two numbers of a device on their way to the host, which does not wait until it must. The memory that they come to is
+// locked, and kept for later calls.
+class Arriving {
+ public:
+  using Numbers = unsigned long long[2];
+  Arriving(const unsigned long long* from, CUstream_st* stream);
+  ~Arriving();
+  Arriving(const Arriving&) = delete;
+  Arriving& operator=(const Arriving&) = delete;
+  const Numbers& wait();
+
+ private:
+  Numbers* to_;
+  CUevent_st* there_ = nullptr;
 };
 
 // Makes `device` the current one of this thread while it lives.

@@ -53,15 +53,24 @@ struct ClusterExchange {
     const Stage& s = plan.stage[q];
     SharedAddress at = operand(q, k) + unsigned(rank * s.part + vector * 16);
     const SharedAddress done = barrier(q, k);
-    Words words = load_shared<Words>(at);
-    for (int i = 0;;) {
-      if (to < plan.blocks && to != rank) send(at, words, unsigned(to), done);
-      if (++i >= s.passes) break;
-      to += s.block_step;
-      if (s.vector_step == 0) continue;
-      vector += s.vector_step, at += unsigned(s.vector_step * 16);
+    const Words words = load_shared<Words>(at);
+    const auto offer = [&](const Words& w) {
+      if (to < plan.blocks && to != rank) send(at, w, unsigned(to), done);
+    };
+    offer(words);
+    if (s.vector_step == 0) {  // as a rule: the same 16 bytes go to further blocks
+#pragma unroll 2
+      for (int i = 1; i < s.passes; ++i) {
+        to += s.block_step;
+        offer(words);
+      }
+      return;
+    }
+#pragma unroll 1
+    for (int i = 1; i < s.passes; ++i) {
+      to += s.block_step, vector += s.vector_step, at += unsigned(s.vector_step * 16);
       if (vector * 16 >= s.part) vector -= s.part / 16, at -= unsigned(s.part), ++to;
-      words = load_shared<Words>(at);
+      offer(load_shared<Words>(at));
     }
   }
 #endif

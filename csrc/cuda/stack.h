@@ -66,8 +66,8 @@ struct StackBackward {
 // Both throw Error (check.h) for a failed CUDA call; then nothing of the caller's is in an undefined place but outputs.
 std::shared_ptr<Tape> run_forward(const StackForward& call, bool training);  // null for inference
 
-// Throws std::runtime_error, with nothing written, if x or the weights are not what the tape was made from. This waits
-// for two checksums to come from the device.
+// Throws std::runtime_error, with nothing of the caller's written, if x or the weights are not what the tape was made from.
+// This waits for two checksums to come from the device, behind what computes them and all that was launched before.
 void run_backward(const StackBackward& call);
 
 int64_t tape_bytes(const Tape& tape);

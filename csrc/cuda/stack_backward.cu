@@ -1,3 +1,4 @@
+#include <optional>
 #include <stdexcept>
 
 #include "cuda/stack_work.h"
@@ -16,13 +17,13 @@ class BackwardPass {
       : call_(call), w_(call.spec, call.options, call.device, call.stream, call.tape->T_, call.tape->order, device_order_) {}
 
   void run() {
-    check();
+    begin_check();
+    if (w_.B == 0 || w_.steps == 0) check();
     if (wants_weights_ && !call_.adds && w_.N == 0) clear_weights();
     if (w_.B == 0) return;
     allocate();
     for (int s = 0; s < cell_.states; ++s) {
       if (!call_.dstate[s]) continue;
-      if (!dstate_[s]) dstate_[s] = static_cast<T*>(call_.dstate[s]);
       for (int64_t i = 0; i < spec_.count(); ++i)
         pass_states<T>(dstate_[s] + i * w_.B * w_.H, at<T>(call_.dfinal_state[s], i * w_.B * w_.H), w_.H, order_.active[0],
                        w_.packing(), call_.stream);
@@ -30,9 +31,15 @@ class BackwardPass {
     if (w_.steps > 0) layers();
     if (call_.dx.data && (!dx_packed_ || w_.steps == 0))
       scatter<T>(Work<T>::template strided<T>(call_.dx), dx_room_, spec_.I, spec_.I, call_.adds, w_.packing(), call_.stream);
-    for (int s = 0; s < cell_.states; ++s)
-      if (call_.dstate[s] && call_.adds)
-        add_to<T>(static_cast<T*>(call_.dstate[s]), dstate_[s], spec_.count() * w_.B * w_.H, call_.stream);
+    for (int s = 0; s < cell_.states; ++s) {
+      const int64_t n = spec_.count() * w_.B * w_.H;
+      if (!call_.dstate[s]) continue;
+      if (call_.adds)
+        add_to<T>(static_cast<T*>(call_.dstate[s]), dstate_[s], n, call_.stream);
+      else
+        FUSEDRNN_CUDA(
+            cudaMemcpyAsync(call_.dstate[s], dstate_[s], size_t(n) * sizeof(T), cudaMemcpyDeviceToDevice, call_.stream));
+    }
   }
 
  private:
@@ -41,20 +48,25 @@ class BackwardPass {
     S *carry[max_states], *sums;
   };
 
-  // Throws if x or the parameters changed since forward; waits for two checksums.
-  void check() const {
-    Arena room;
-    unsigned long long *now, found[2], expected[2];
-    room.want(&now, {2});
-    room.allocate(call_.device, call_.stream);
+  // Whether x or the parameters changed since forward is asked first, and answered while the recurrence runs, which writes
+  // to nothing of the caller's.
+  void begin_check() {
+    unsigned long long* now;
+    sums_.want(&now, {2});
+    sums_.allocate(call_.device, call_.stream);
     w_.checksums(now, call_.x, call_.weights);
-    FUSEDRNN_CUDA(cudaMemcpyAsync(found, now, sizeof found, cudaMemcpyDeviceToHost, call_.stream));
-    FUSEDRNN_CUDA(cudaMemcpyAsync(expected, tape_.sums, sizeof expected, cudaMemcpyDeviceToHost, call_.stream));
-    FUSEDRNN_CUDA(cudaStreamSynchronize(call_.stream));
+    found_.emplace(now, call_.stream);
+    expected_.emplace(tape_.sums, call_.stream);
+  }
+  // Throws if they did.
+  void check() {
+    if (!found_) return;
+    const auto &found = found_->wait(), &expected = expected_->wait();
     if (found[0] != expected[0])
       throw std::runtime_error("x was changed after the forward pass, so its gradients would be wrong");
     if (found[1] != expected[1])
       throw std::runtime_error("the parameters were changed after the forward pass, so their gradients would be wrong");
+    found_.reset(), expected_.reset();
   }
 
   void clear_weights() const {
@@ -85,7 +97,7 @@ class BackwardPass {
       if (spec_.L > n + 1) arena_.want(&between_[n], {N, w_.width});
     if (drops_ && wants_weights_) arena_.want(&masked_, {N, w_.width});
     for (int s = 0; s < cell_.states; ++s)
-      if (call_.dstate[s] && call_.adds) arena_.want(&dstate_[s], {spec_.count(), B, H});
+      if (call_.dstate[s]) arena_.want(&dstate_[s], {spec_.count(), B, H});
     arena_.allocate(call_.device, call_.stream);
   }
 
@@ -100,7 +112,11 @@ class BackwardPass {
         x = masked_;
       }
       fork.begin();
-      for (int d = 0; d < spec_.D; ++d) direction(l, d, x, dy, fork.of(d));
+      BackwardArgs<T> args[2];
+      for (int d = 0; d < spec_.D; ++d) args[d] = recur(l, d, dy, fork.of(d));
+      check();
+      for (int d = 0; d < spec_.D && wants_weights_; ++d)
+        weight_gradients(args[d], call_.dweights[l * spec_.D + d], own_[d], x, spec_.input_size(l), fork.of(d));
       fork.join();
       if (l == 0 && !call_.dx.data) break;
       T* dx = l > 0 ? between_[(l - 1) % 2] : dx_packed_ ? static_cast<T*>(call_.dx.data) : dx_room_;
@@ -112,8 +128,8 @@ class BackwardPass {
     }
   }
 
-  // One layer in one direction: the gradients of its slots, then of its weights; x (N, I) and dy (N, D*H) in packed rows.
-  void direction(int64_t l, int d, const T* x, const T* dy, cudaStream_t on) const {
+  // One layer in one direction: the gradients of its slots, from dy (N, D*H) in packed rows.
+  BackwardArgs<T> recur(int64_t l, int d, const T* dy, cudaStream_t on) const {
     const int64_t i = l * spec_.D + d, H = w_.H;
     const PerDirection& own = own_[d];
     BackwardArgs<T> a{};
@@ -137,7 +153,7 @@ class BackwardPass {
     }
     a.gates = own.gates;
     w_.run_layer(a, true, on);
-    if (wants_weights_) weight_gradients(a, call_.dweights[i], own, x, spec_.input_size(l), on);
+    return a;
   }
 
   void weight_gradients(const BackwardArgs<T>& a, const Weights& g, const PerDirection& own, const T* x, int64_t I,
@@ -162,7 +178,8 @@ class BackwardPass {
   const bool drops_ = tape_.dropout > 0 && spec_.L > 1, wants_weights_ = !call_.dweights.empty();
   const bool dx_packed_ = w_.is_packed(call_.dx, spec_.I);
 
-  Arena arena_;
+  Arena arena_, sums_;
+  std::optional<Arriving> found_, expected_;  // checksums
   T *dy_room_ = nullptr, *x_room_ = nullptr, *dx_room_ = nullptr, *between_[2] = {}, *masked_ = nullptr;
   T* dstate_[max_states] = {};
   PerDirection own_[2] = {};
