@@ -290,8 +290,8 @@ int run(int rounds, int repeats) {
     Launch full = how;
     full.grid = dim3(unsigned(machine.clusters[blocks == 2 ? 1 : blocks == 4 ? 2 : blocks == 8 ? 3 : 4] * blocks));
     if (full.grid.x == 0) continue;
-    table.row("the same by stores, 2048 bytes, all clusters at once", full, cluster_exchange<By::stores>, 2048.0 * blocks, "bytes",
-              blocks, 2048, out);
+    table.row("the same by stores, 2048 bytes, all clusters at once", full, cluster_exchange<By::stores>, 2048.0 * blocks,
+              "bytes", blocks, 2048, out);
     printf("cluster%s: %d of them are resident at once\n", of.c_str(), int(full.grid.x) / blocks);
   }
   {
@@ -305,7 +305,8 @@ int run(int rounds, int repeats) {
       Launch how{unsigned(blocks), threads, size_t(160) << 10};
       how.cooperative = true;
       if (size_t(blocks) * bytes > how.shared || size_t(2 * rounds) * blocks * bytes > table.memory_bytes) continue;
-      const std::string each = "grid of " + std::to_string(blocks) + ": each gives all " + std::to_string(bytes) + " bytes, seen by ";
+      const std::string each =
+          "grid of " + std::to_string(blocks) + ": each gives all " + std::to_string(bytes) + " bytes, seen by ";
       const double all = double(bytes) * blocks;
       table.fill = 0xff;
       table.row(each + "their values", how, grid_exchange, all, "bytes", blocks, bytes, table.memory);

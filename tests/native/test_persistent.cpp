@@ -115,8 +115,7 @@ class Layer {
       active_.push_back(int(std::count_if(length_.begin(), length_.end(), [&](int n) { return n > t; })));
       if (t < steps_) offset_.push_back(offset_[t] + active_[t]);
     }
-    schedule_ = {steps_, int(s.B), s.reverse, active_.data(), length_.data(), offset_.data(), from_.data(),
-                 !s.lengths};
+    schedule_ = {steps_, int(s.B), s.reverse, active_.data(), length_.data(), offset_.data(), from_.data(), !s.lengths};
     rows_ = offset_[steps_];
     w_hh_ = narrow<T>(p.weights[0 + 1]);
     // The input's product, without bias, and the biases as the slots take them.
