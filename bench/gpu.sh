@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# On a machine with an NVIDIA GPU: builds, checks, times, and prints the tables of docs/cuda.md. About half an hour in all.
+# On a machine with an NVIDIA GPU: builds, checks, times, and prints the tables of docs/cuda.md. About a quarter of an hour in all.
 # Needs nvcc, a C++ compiler and a Python that has numpy, pytest, hypothesis and what builds the package, since nothing is
 # downloaded; a PyTorch with CUDA for the comparison, compute-sanitizer where it is found.
-#   bench/gpu.sh [build] [check] [sanitize] [latency] [compare [options of bench/gpu.py]]     (default: all, in this order)
+#   bench/gpu.sh [build] [check] [sanitize] [latency] [steps] [compare [options of bench/gpu.py]]     (default: all, in this order)
 # What is built is kept in build/gpu, so that the parts may be run one by one.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -38,6 +38,8 @@ check() {
 
 sanitize() {
   command -v compute-sanitizer >/dev/null || { step "No compute-sanitizer: memory and races are not checked"; return; }
+  step "compute-sanitizer memcheck, the tests of the core"
+  compute-sanitizer --tool memcheck --error-exitcode 9 "$work/native/test_cuda"
   for tool in memcheck racecheck; do
     step "compute-sanitizer $tool, small cases"
     compute-sanitizer --tool "$tool" --error-exitcode 9 --target-processes all \
@@ -50,19 +52,24 @@ latency() {
   "$work/native/cuda_latency"
 }
 
+steps() {
+  step "A step by every plan"
+  "$work/native/cuda_steps"
+}
+
 compare() {
   step "Against cuDNN"
   python3 -m fusedrnn.bench.gpu "$@"
 }
 
-[ $# -gt 0 ] || set -- build check sanitize latency compare
+[ $# -gt 0 ] || set -- build check sanitize latency steps compare
 while [ $# -gt 0 ]; do
   part=$1
   shift
   case $part in
-    build | check | sanitize | latency) "$part" ;;
+    build | check | sanitize | latency | steps) "$part" ;;
     compare) compare "$@"; break ;;
-    *) echo "gpu.sh: part must be build, check, sanitize, latency or compare, got $part" >&2; exit 2 ;;
+    *) echo "gpu.sh: part must be build, check, sanitize, latency, steps or compare, got $part" >&2; exit 2 ;;
   esac
 done
 step "Done"

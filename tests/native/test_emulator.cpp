@@ -6,6 +6,7 @@
 #include "check.h"
 #include "cuda/check.h"
 #include "cuda/device.cuh"
+#include "cuda/quick_activations.cuh"
 
 namespace fusedrnn::tests {
 namespace {
@@ -80,6 +81,23 @@ void check_types() {
   check(ok && isnan(cuda::widen(cuda::narrow<__nv_bfloat16>(NAN))), "float16 and bfloat16");
 }
 
+// Sigmoid and tanh of 16-bit arrays, by the host's exponential in place of the GPU's: where they cancel, and at the ends.
+void check_quick_activations() {
+  double worst = 0;
+  for (double x = -87; x < 87; x += 1.0 / 1024) {
+    const double v = double(float(x)), s = 1 / (1 + exp(-v)), t = ::tanh(v);
+    worst = fmax(worst, fabs(sigmoid(QuickScalar(float(x))).r - s) / s);
+    if (v != 0) worst = fmax(worst, fabs(tanh(QuickScalar(float(x))).r - t) / fabs(t));
+  }
+  for (float x = 1e-37f; x < 1; x *= 1.01f) worst = fmax(worst, fabs(tanh(QuickScalar(-x)).r / ::tanh(-double(x)) - 1));
+  check(worst < 0x1p-17, "quick sigmoid and tanh, relative error " + std::to_string(worst));
+  const auto is = [](QuickScalar got, float want) { return got.r == want && signbit(got.r) == signbit(want); };
+  check(is(sigmoid(QuickScalar(-INFINITY)), 0) && is(sigmoid(QuickScalar(INFINITY)), 1) &&
+            is(tanh(QuickScalar(-INFINITY)), -1) && is(tanh(QuickScalar(-0.0f)), -0.0f),
+        "quick sigmoid and tanh of zeros and infinities");
+  check(isnan(sigmoid(QuickScalar(NAN)).r) && isnan(tanh(QuickScalar(NAN)).r), "quick sigmoid and tanh of NaN");
+}
+
 }  // namespace
 }  // namespace fusedrnn::tests
 
@@ -89,6 +107,7 @@ int main() {
   check_graphs();
   check_errors();
   check_types();
+  check_quick_activations();
   printf("%d passed, %d failed\n", int(passed), int(failed));
   return failed != 0;
 }
