@@ -1,4 +1,4 @@
-// Prints the persistent plans that docs/cuda.md shows, and what their cost model expects. It runs nothing and needs no
+// Prints the persistent plans of a card by its data sheet, and what their cost model expects. It runs nothing and needs no
 // GPU.
 #include <stdio.h>
 

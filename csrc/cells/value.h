@@ -36,7 +36,7 @@ struct FloatFormat<double> {
   static constexpr double exponent_magic = 6755399441055744.0 + 1023.0;
 };
 
-// One overload per type, each a single instruction on the GPU.
+// One overload per type, each a single instruction on the GPU but for the quotient.
 namespace scalar {
 FUSEDRNN_HD_INLINE float fma(float a, float b, float c) { return ::fmaf(a, b, c); }
 FUSEDRNN_HD_INLINE double fma(double a, double b, double c) { return ::fma(a, b, c); }
@@ -51,10 +51,12 @@ FUSEDRNN_HD_INLINE double divide(double a, double b) { return a / b; }
 // branches that would keep the cells' divisions apart. b = Inf gives 0, as it should.
 FUSEDRNN_HD_INLINE float divide(float a, float b) {
 #if defined(__CUDA_ARCH__)
+  const float scale = b > 0x1p125f ? 0.25f : 1.0f;  // 1 / b must be normal
+  a *= scale, b *= scale;
   float inverse;
   asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(inverse) : "f"(b));
   const float q = a * inverse, corrected = ::fmaf(::fmaf(-b, q, a), inverse, q);
-  return b <= 0x1p126f ? corrected : q;
+  return b <= 0x1p126f ? corrected : q;  // not Inf
 #else
   return a / b;
 #endif

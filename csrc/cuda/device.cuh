@@ -1,6 +1,6 @@
-// What kernels ask of the GPU. Every intrinsic and every line of PTX is in this file, each in a small function that the
-// emulation of tests/native/cuda_emulation/ has a twin of; kernels call nothing else of CUDA but threadIdx and its
-// like.
+// What kernels ask of the GPU. Every intrinsic and every line of PTX is in this file, or in device_sm90.cuh,
+// quick_activations.cuh and (a quotient) cells/value.h, each in a small function that has a twin on the CPU, most of them
+// in tests/native/cuda_emulation/; kernels call nothing else of CUDA but threadIdx and its like.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -50,7 +50,6 @@ __device__ __forceinline__ T* shared_memory() {
 }
 
 __device__ __forceinline__ void sync_block() { __syncthreads(); }
-__device__ __forceinline__ void sync_warp() { __syncwarp(); }
 __device__ __forceinline__ int lane_of_thread() { return int(threadIdx.x % 32); }
 __device__ __forceinline__ int warp_of_thread() { return int(threadIdx.x / 32); }
 

@@ -1,7 +1,6 @@
 // What persistent.cuh needs of the device and C++ cannot say: matrix products of a warp, clusters, barriers that count
-// bytes, and loads and stores with an order. Its emulated twin is tests/native/cuda_emulation/device_sm90_emulated.h;
-// together with device.cuh it is the only place of inline PTX. What speaks of clusters or barriers needs sm_90, the
-// rest sm_80.
+// bytes, and loads and stores with an order. Its emulated twin is tests/native/cuda_emulation/device_sm90_emulated.h.
+// What speaks of clusters or barriers needs sm_90, the rest sm_80.
 #pragma once
 
 #include "cuda/device.cuh"
@@ -149,7 +148,7 @@ __device__ __forceinline__ void store_given(void* p, Words v) {
   asm volatile("{ .reg .b128 v; mov.b128 v, {%1, %2}; st.relaxed.gpu.global.b128 [%0], v; }" ::"l"(p), "l"(low), "l"(high)
                : "memory");
 }
-__device__ __forceinline__ void poll_pause() {}
+__device__ __forceinline__ void poll_pause() {}  // for the emulator, whose threads take turns
 
 #if FUSEDRNN_CLUSTERS
 

@@ -3,7 +3,7 @@
 #include <algorithm>
 
 #include "cuda/check.h"
-#include "cuda/device.cuh"
+#include "cuda/device_sm90.cuh"
 
 namespace fusedrnn::cuda {
 namespace {
@@ -157,11 +157,6 @@ __global__ void slot_biases_kernel(Accumulate<T>* to, const T* b_ih, const T* b_
 
 constexpr int transpose_tile = 32;
 
-// to[u][i * H + v] = w[gate of slot i * H + v][u], tile by tile; z is the slot of the span.
-struct alignas(16) Sixteen {  // bytes, of whatever they are
-  uint32_t w[4];
-};
-
 template <class T>
 __global__ void interleave_kernel(T* to, const T* w_ih, SlotGates g, Span span, int64_t H, int64_t I) {
   for_rows(H, span.count, [&](int64_t u, int64_t i) {
@@ -170,6 +165,7 @@ __global__ void interleave_kernel(T* to, const T* w_ih, SlotGates g, Span span, 
   });
 }
 
+// to[u][i * H + v] = w[gate of slot i * H + v][u], tile by tile; z is the slot of the span.
 template <class T>
 __global__ void transpose_kernel(T* to, const T* w, SlotGates g, int first, int count, int64_t H) {
   T* tile = shared_memory<T>();  // [32][33]: neighbours in a column lie in different banks
@@ -317,13 +313,13 @@ void slot_biases(Accumulate<T>* to, const T* b_ih, const T* b_hh, const CellInfo
 
 template <class T>
 void interleave_weights(T* to, const T* w_ih, const CellInfo& cell, Span span, int64_t H, int64_t I, cudaStream_t stream) {
-  constexpr int together = sizeof(Sixteen) / sizeof(T);
+  constexpr int together = sizeof(Words) / sizeof(T);
   const auto copy = [&](auto* out, const auto* in, int64_t columns) {
     launch("interleave_weights", over_rows(H * span.count, stream), interleave_kernel<std::decay_t<decltype(*out)>>, out, in,
            slot_gates(cell), span, H, columns);
   };
-  if (I % together == 0 && uintptr_t(w_ih) % sizeof(Sixteen) == 0)
-    copy(reinterpret_cast<Sixteen*>(to), reinterpret_cast<const Sixteen*>(w_ih), I / together);
+  if (I % together == 0 && uintptr_t(w_ih) % sizeof(Words) == 0)
+    copy(reinterpret_cast<Words*>(to), reinterpret_cast<const Words*>(w_ih), I / together);
   else
     copy(to, w_ih, I);
 }

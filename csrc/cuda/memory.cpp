@@ -114,7 +114,9 @@ Arriving::Arriving(const unsigned long long* from, CUstream_st* stream) {
   cudaError_t code = cudaEventCreateWithFlags(&there_, cudaEventDisableTiming);
   if (code == cudaSuccess) code = cudaMemcpyAsync(to_, from, sizeof(Numbers), cudaMemcpyDeviceToHost, stream);
   if (code == cudaSuccess) code = cudaEventRecord(there_, stream);
-  if (code != cudaSuccess) fail(code, "reading two numbers");  // what may be on its way keeps its memory
+  if (code == cudaSuccess) return;
+  if (there_) cudaEventDestroy(there_);
+  fail(code, "reading two numbers");  // what may be on its way keeps its memory
 }
 
 const Arriving::Numbers& Arriving::wait() {

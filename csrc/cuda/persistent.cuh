@@ -178,7 +178,7 @@ struct Persistent {
     constexpr int chunks = held_words<q> / words;
     using P = Product<Number, tiles>;
     constexpr bool many = backward && Hands::kind == Exchange::cluster;  // registers in use
-    constexpr int ahead = many && P::ahead > 2 ? 2 : P::ahead;
+    constexpr int buffers = many && P::buffers > 2 ? 2 : P::buffers, ahead = buffers - 1;
     const Part& p = part[q];
     if (p.groups == 0) return;
     const int next = chunk_bytes * plan.places, columns = single ? 1 : plan.places / 4;
@@ -187,16 +187,15 @@ struct Persistent {
     for (int c = 0; c < plan.places; c += 8, at += 8 * 16, to += 2 * 32 * size) {
       P sum;
       const auto load = [&](int i) { return P::load(at + unsigned(i * next), g, quarter, single); };
-      typename P::Operand b[ahead];
+      typename P::Operand b[buffers];
 #pragma unroll
-      for (int i = 0; i < ahead - 1; ++i)
+      for (int i = 0; i < ahead; ++i)
         if (i < chunks && i < p.chunks) b[i] = load(i);
 #pragma unroll
       for (int i = 0; i < chunks; ++i) {
         if (i >= p.chunks) break;
-        constexpr int more = ahead - 1;
-        if (i + more < chunks && i + more < p.chunks) b[(i + more) % ahead] = load(i + more);
-        sum.add([&](int x) -> const Words& { return held<q>()[i * words + x]; }, b[i % ahead]);
+        if (i + ahead < chunks && i + ahead < p.chunks) b[(i + ahead) % buffers] = load(i + ahead);
+        sum.add([&](int x) -> const Words& { return held<q>()[i * words + x]; }, b[i % buffers]);
       }
 #pragma unroll(sizeof(T) == 2 ? 2 : 1)
       for (int i = chunks; i < p.chunks; ++i) {
@@ -314,7 +313,7 @@ struct Persistent {
   __device__ __forceinline__ void start() {
     by_width<q>([&](auto wide) { load_weights<q, decltype(wide)::value>(); });
     for (int k = 0; k < (Hands::kind == Exchange::cluster ? 2 : 1); ++k) clear(exchange.operand(q, k), plan.stage[q].bytes);
-    if (Hands::kind == Exchange::grid) clear(shared + unsigned(plan.staging), plan.stage[q].part);
+    if (Hands::kind == Exchange::grid) clear(shared + unsigned(plan.staging + q * plan.staging_stage), plan.stage[q].part);
     exchange.start(q);
   }
   static __device__ __forceinline__ void clear(SharedAddress at, int bytes) {

@@ -51,7 +51,7 @@ struct Stage {
   int passes, vector_step, block_step;  // of a cluster: a thread gives 16 bytes to a block, then others to another
   int bytes;                   // of the operand
   int operand, weights;        // bytes: where they lie in shared memory. Of a cluster, two operands side by side
-  int handed;                  // bytes: of a grid, in the workspace of a step
+  int handed;                  // bytes: of a grid, where what it gives lies in the workspace of a step
 };
 
 struct PersistentPlan {
@@ -67,6 +67,7 @@ struct PersistentPlan {
   int step_bytes;  // of a grid, in global memory: what a slice's blocks give one another in a step
   bool tf32;
   double estimated_us;  // of a step
+  int staging_stage;    // bytes from a stage's staging, what a block of a grid gives, to the next stage's
   int64_t workspace_bytes(int64_t steps) const { return int64_t(step_bytes) * slices * steps; }
 };
 

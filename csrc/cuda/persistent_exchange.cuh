@@ -88,7 +88,7 @@ struct GridExchange {
 
   __device__ __forceinline__ SharedAddress operand(int q, int) const { return shared + unsigned(plan.stage[q].operand); }
   __device__ __forceinline__ SharedAddress part(int q, int) const {
-    return shared + unsigned(plan.staging - rank * plan.stage[q].part);
+    return shared + unsigned(plan.staging + q * plan.staging_stage - rank * plan.stage[q].part);
   }
   template <class T>
   static __device__ __forceinline__ T clean(T value) {  // NaN for NaN
@@ -128,7 +128,7 @@ struct GridExchange {
     const int bytes = plan.stage[q].part;
     unsigned char* to = handed(q, k) + rank * bytes;
     for (int at = int(threadIdx.x) * 16; at < bytes; at += persistent_threads * 16)
-      store_given(to + at, load_shared<Words>(shared + unsigned(plan.staging + at)));
+      store_given(to + at, load_shared<Words>(shared + unsigned(plan.staging + q * plan.staging_stage + at)));
   }
 };
 

@@ -67,7 +67,7 @@ PersistentPlan persistent_plan(const CellInfo& cell, int size, bool backward, in
   if (p.cells > persistent_pairs * persistent_warps) return refuse("a thread would have too many units");
 
   int64_t shared = 0, step = 0;
-  int64_t tile = 0, staging = 0;
+  int64_t tile = 0;
   const auto take = [](int64_t& from, int64_t bytes) {
     const int64_t at = from;
     from += ceil_div(bytes, 128) * 128;
@@ -97,10 +97,10 @@ PersistentPlan persistent_plan(const CellInfo& cell, int size, bool backward, in
     s.weights = int(take(shared, int64_t(more) * words * s.row_warps * s.depth_warps * 32 * 16));
     const int floats = s.results == 3 ? 4 : s.results;
     tile = std::max<int64_t>(tile, int64_t(s.depth_warps) * p.cells * 32 * floats * 4);
-    staging = std::max<int64_t>(staging, s.part);
+    p.staging_stage = std::max(p.staging_stage, grid ? round_up(s.part, 128) : 0);
   }
   p.tile = int(take(shared, tile));
-  p.staging = int(take(shared, grid ? staging : 0));
+  p.staging = int(take(shared, int64_t(p.staging_stage) * cell.phases));
   const int rounds = int(ceil_div(p.cells, persistent_warps));  // pairs of a thread
   p.input = int(take(shared, backward ? 0 : int64_t(rounds) * persistent_threads * cell.input.count * 4));
   p.step_bytes = grid ? int(step) : 0;

@@ -15,7 +15,7 @@ FUSEDRNN_HD_INLINE int turned(int sequence, int v) { return (sequence + 2 * v) &
 // of sequence g of the operand. The unit wants other places of k in a lane, but the order of a sum's terms is ours.
 template <class Number, int tiles>
 struct Product {
-  static constexpr int ahead = 3;  // chunks whose operand is asked for before it is their turn
+  static constexpr int buffers = 3;  // chunks whose operand is in registers or on its way there
   using Operand = Words;
   float d[tiles][2][4] = {};  // two chains of sums for each tile: one alone would wait for itself
 
@@ -44,7 +44,7 @@ struct Product {
 // what they found.
 template <int tiles>
 struct Product<float, tiles> {
-  static constexpr int ahead = 1;
+  static constexpr int buffers = 1;
   struct Operand {
     Words of[8];
   };
@@ -88,7 +88,7 @@ struct Product<float, tiles> {
 struct OneSequence {};
 template <int tiles>
 struct Product<OneSequence, tiles> {
-  static constexpr int ahead = 4;
+  static constexpr int buffers = 4;
   using Operand = Words;
   float d[2 * tiles] = {};
 

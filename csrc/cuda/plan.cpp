@@ -23,12 +23,14 @@ int64_t chunk_steps(int64_t steps, int64_t bytes_per_step) {
 
 void set_beside_override(bool on) { forced_beside = on; }
 
-bool projects_beside(const LayerPlan& plan, DType dtype, bool tf32, int64_t steps, double operations, const Machine& machine) {
-  if (steps < 4) return false;
-  if (forced_beside) return true;
-  const PersistentPlan& p = plan.persistent;
+bool worth_a_launch(DType dtype, bool tf32, int64_t steps, double operations) {
   const double rate = size_of(dtype) == 2 ? 5e14 : tf32 ? 2e14 : 4e13;  // of a whole card, a second
-  return plan.path == Path::persistent && 4 * p.blocks * p.slices <= 3 * machine.processors && operations / rate > 50e-6;
+  return steps >= 4 && (forced_beside || operations / rate > 50e-6);
+}
+
+bool leaves_room(const LayerPlan& plan, const Machine& machine) {
+  const PersistentPlan& p = plan.persistent;
+  return forced_beside || (plan.path == Path::persistent && 4 * p.blocks * p.slices <= 3 * machine.processors);
 }
 
 void set_path_override(int path) { forced = path; }
@@ -39,7 +41,7 @@ LayerPlan layer_plan(const CellInfo& cell, DType dtype, bool backward, int64_t H
   const auto steps = [](std::string why) { return LayerPlan{Path::per_step, {}, std::move(why)}; };
   if (forced == int(Path::per_step)) return steps("asked for");
   if (dtype == DType::float64) return steps("float64 is for checks");
-  if (rows > std::numeric_limits<int>::max()) return steps("more rows than an int counts");
+  if (rows + 2 * batch > std::numeric_limits<int>::max()) return steps("more rows than an int counts");
   const PersistentPlan plan = persistent_plan(cell, int(size_of(dtype)), backward, int(H), batch, tf32, machine, at_once);
   if (plan.reason) return steps(plan.reason);
   return {Path::persistent, plan, "W_hh fits on chip"};

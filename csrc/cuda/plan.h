@@ -26,9 +26,10 @@ std::string describe(const LayerPlan& plan);
 // Steps whose input projection, of `bytes_per_step` each, is there at once.
 int64_t chunk_steps(int64_t steps, int64_t bytes_per_step);
 
-// Whether the input of a layer's later steps is projected beside its first ones: where the recurrence leaves multiprocessors
-// idle, and the product, of `operations`, takes long enough to be worth a second launch.
-bool projects_beside(const LayerPlan& plan, DType dtype, bool tf32, int64_t steps, double operations, const Machine& machine);
+// The input of a layer's later steps is projected beside its first ones where that product, of `operations`, takes long enough
+// to be worth a second launch, and the recurrence leaves multiprocessors idle.
+bool worth_a_launch(DType dtype, bool tf32, int64_t steps, double operations);
+bool leaves_room(const LayerPlan& plan, const Machine& machine);
 
 // For tests: the path that layers take where they can, or -1 for the plan's own choice. Process-wide.
 void set_path_override(int path);

@@ -1,5 +1,6 @@
 // Sigmoid and tanh for arrays of 16 bits, by the GPU's approximate exponential: half the instructions of cells/activations.h,
-// in a chain that every time step waits for. Within 2^-17 of their value, where float16 keeps 11 bits and bfloat16 8.
+// in a chain that every time step waits for. Within 2^-17 of their value wherever that is normal, where float16 keeps 11
+// bits and bfloat16 8.
 #pragma once
 
 #include "cells/activations.h"

@@ -1,5 +1,5 @@
-// A stack of layers on a GPU: the sibling of cpu/stack.h. All arrays are device memory of one device, everything runs
-// on one stream of the caller's and returns at once; nothing of a call is freed before the stream has passed it.
+// A stack of layers on a GPU: the sibling of cpu/stack.h. All arrays are device memory of one device, everything starts
+// and ends with one stream of the caller's and returns at once; nothing of a call is freed before the stream has passed it.
 #pragma once
 
 #include <memory>

@@ -48,8 +48,8 @@ class BackwardPass {
     S *carry[max_states], *sums;
   };
 
-  // Whether x or the parameters changed since forward is asked first, and answered while the recurrence runs, which writes
-  // to nothing of the caller's.
+  // Whether x or the parameters changed since forward is computed first, and the host waits for it while the recurrence
+  // runs, which writes to nothing of the caller's.
   void begin_check() {
     unsigned long long* now;
     sums_.want(&now, {2});

@@ -135,7 +135,7 @@ class ForwardPass {
       const int64_t head = steps / 4;
       project(0, head, 0, on);
       Fork beside(call_.device, on, 2);
-      recur(0, head);  // before the other product, so that it finds its multiprocessors free
+      recur(0, head);  // launched first: as a rule it then finds its multiprocessors free
       project(head, steps, 0, beside.of(1));
       beside.join();
       recur(head, steps);

@@ -1,5 +1,5 @@
-// What the two passes of a stack have in common: rows in packed order, products, the path a layer takes, the second direction's
-// stream.
+// What the two passes of a stack have in common: rows in packed order, products, the path a layer takes, the stream of what
+// runs beside.
 #pragma once
 
 #include <stdio.h>
@@ -36,11 +36,11 @@ inline bool traces() {
   return on;
 }
 
-// The second direction runs in a stream of its own, which starts and ends with the caller's.
+// What runs beside the caller's stream, the second direction or a product, has a stream of its own, which starts and ends
+// with the caller's.
 class Fork {
  public:
-  Fork(int device, cudaStream_t stream, int directions)
-      : main_(stream), second_(directions == 2 ? side_stream(device) : nullptr) {
+  Fork(int device, cudaStream_t stream, int streams) : main_(stream), second_(streams == 2 ? side_stream(device) : nullptr) {
     if (!second_) return;
     FUSEDRNN_CUDA(cudaEventCreateWithFlags(&event_, cudaEventDisableTiming));
     begin();
@@ -183,8 +183,8 @@ struct Work {
   }
   bool projects_beside(int64_t I) const {
     const double operations = 2.0 * double(N) * double(cell.input.count * H) * double(I);
-    return spec.D == 1 && packed &&
-           cuda::projects_beside(plan_layer(false), dtype_of<T>, options.tf32, steps, operations, machine_of(device));
+    return spec.D == 1 && packed && worth_a_launch(dtype_of<T>, options.tf32, steps, operations) &&
+           leaves_room(plan_layer(false), machine_of(device));
   }
   template <class Args>
   void run_layer(const Args& args, bool backward, cudaStream_t on) const {
@@ -207,7 +207,11 @@ struct Work {
       void* workspace = nullptr;
       if (plan.workspace_bytes(args.steps()) > 0) {
         arena.want_bytes(&workspace, plan.workspace_bytes(args.steps()));
-        arena.allocate(device, on);
+        try {
+          arena.allocate(device, on);
+        } catch (const OutOfMemory&) {
+          return run_steps<T>(spec.cell, args, options.tf32, device, on), true;  // which needs none
+        }
       }
       if constexpr (std::is_same_v<Args, ForwardArgs<T>>)
         return persistent_forward<T>(spec.cell, plan, args, workspace, on);

@@ -23,7 +23,7 @@ class Tape {
   Order order;
   int *active, *length, *from;  // on the device, like all below
   int64_t* offset;
-  std::vector<void*> saved, operand;  // per layer and direction: (N, saved, H), (N, H)
+  std::vector<void*> saved, operand;  // per layer and direction: (N, H, saved), (N, H)
   std::vector<void*> y;               // per layer (N, D*H)
   void* h0 = nullptr;                 // (L*D, B, H), or null for zeros
   double dropout;

@@ -361,6 +361,28 @@ void check_groups() {
   }
 }
 
+// What is not a number stays with its sequence, whatever a block's padding held before.
+void check_foreign_values() {
+  for (int cell = 0; cell < cell_count; ++cell)
+    for (const Exchange exchange : {Exchange::cluster, Exchange::grid}) {
+      const Case c{{cell, 4, 8, 3, 12}, exchange, 2, 8};
+      Problem<double> p(c.shape);
+      const int64_t ill = 2, width = c.shape.H;
+      for (int64_t t = 0; t < c.shape.T; ++t)
+        for (int64_t u = 0; u < width; ++u) p.dy[(t * c.shape.B + ill) * width + u] = NAN;
+      Layer<float> layer(c, p);
+      layer.forward(true);
+      const std::vector<double> dx = layer.backward()[0];
+      bool finite = true, found = false;
+      for (size_t i = 0; i < dx.size(); ++i)
+        if (int64_t(i) / c.shape.I % c.shape.B == ill)
+          found = found || isnan(dx[i]);
+        else
+          finite = finite && isfinite(dx[i]);
+      check(found && finite, c.name() + ": NaN stays with its sequence");
+    }
+}
+
 // Every plan that the model may choose is one that a device has room for, and two at once leave room for each other.
 void check_plans() {
   int found = 0;
@@ -409,6 +431,7 @@ int main(int, char**) {
   using namespace fusedrnn::tests;
   check_kernels();
   check_groups();
+  check_foreign_values();
   check_plans();
   printf("%d passed, %d failed\n", passed.load(), failed.load());
   return failed != 0;
