@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# On a machine with an NVIDIA GPU: builds, checks, times, and prints the tables of docs/cuda.md. About a quarter of an hour in all.
+# On a machine with an NVIDIA GPU: builds, checks, times, and prints the tables of docs/cuda.md.
 # Needs nvcc, a C++ compiler and a Python that has numpy, pytest, hypothesis and what builds the package, since nothing is
 # downloaded; a PyTorch with CUDA for the comparison, compute-sanitizer where it is found.
 #   bench/gpu.sh [build] [check] [sanitize] [latency] [steps] [compare [options of bench/gpu.py]]     (default: all, in this order)

@@ -5,13 +5,12 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include <algorithm>
 #include <string>
-#include <vector>
 
 #include "cuda/check.h"
 #include "cuda/device_sm90.cuh"
 #include "cuda/machine.h"
+#include "cuda_time.h"
 
 namespace fusedrnn::cuda {
 namespace {
@@ -220,27 +219,10 @@ struct Table {
   size_t memory_bytes;
   int fill = 0;  // its bytes before a launch
 
-  // Microseconds of a launch: the median of `repeats`.
+  // Microseconds of a launch.
   template <class Run>
   double median(Run run) const {
-    std::vector<float> times;
-    cudaEvent_t begin, end;
-    FUSEDRNN_CUDA(cudaEventCreate(&begin));
-    FUSEDRNN_CUDA(cudaEventCreate(&end));
-    for (int i = 0; i < repeats + 2; ++i) {  // two to warm up
-      FUSEDRNN_CUDA(cudaMemset(memory, fill, memory_bytes));
-      FUSEDRNN_CUDA(cudaEventRecord(begin, nullptr));
-      run();
-      FUSEDRNN_CUDA(cudaEventRecord(end, nullptr));
-      FUSEDRNN_CUDA(cudaEventSynchronize(end));
-      float ms = 0;
-      FUSEDRNN_CUDA(cudaEventElapsedTime(&ms, begin, end));
-      if (i >= 2) times.push_back(ms);
-    }
-    FUSEDRNN_CUDA(cudaEventDestroy(begin));
-    FUSEDRNN_CUDA(cudaEventDestroy(end));
-    std::sort(times.begin(), times.end());
-    return times[times.size() / 2] * 1e3;
+    return median_us(2, repeats, [&] { FUSEDRNN_CUDA(cudaMemset(memory, fill, memory_bytes)); }, run);
   }
 
   // Time of a round: of 2 * rounds less that of rounds, so that launch and start fall out. amount: of `unit` in a

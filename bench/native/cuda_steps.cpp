@@ -3,7 +3,6 @@
 // cuda_steps lstm bfloat16 forward H=512 B=16 prints that alone; any of these words may be left out. Nothing here is part of
 // the library.
 #include <cuda_bf16.h>
-#include <cuda_fp16.h>
 #include <cuda_runtime.h>
 #include <math.h>
 #include <stdio.h>
@@ -19,6 +18,7 @@
 #include "cuda/memory.h"
 #include "cuda/persistent.h"
 #include "cuda/step.h"
+#include "cuda_time.h"
 
 namespace fusedrnn::cuda {
 namespace {
@@ -29,11 +29,6 @@ struct Shape {
   int cell, H, batch;
   bool tf32, backward;
 };
-
-template <class Type>
-const char* type_name(bool tf32) {
-  return sizeof(Type) == 2 ? (std::is_same_v<Type, __half> ? "float16" : "bfloat16") : tf32 ? "tf32" : "float32";
-}
 
 // One layer in one direction, all of whose sequences have T steps: arrays of small normal numbers, which keep the cells
 // where their functions are curved.
@@ -118,7 +113,7 @@ class Layer {
       if constexpr (sizeof(To) == 4)
         v = normal(random);
       else
-        v = To(normal(random));
+        v = __float2bfloat16_rn(normal(random));
     }
     for (int64_t at = 0; at < n; at += int64_t(values.size()))
       FUSEDRNN_CUDA(cudaMemcpy(to + at, values.data(), size_t(std::min<int64_t>(n - at, int64_t(values.size()))) * sizeof(To),
@@ -127,26 +122,14 @@ class Layer {
 
   template <class Run>
   void line(const std::string& what, const char* mark, double estimated, Run run) {
-    printf("%s %s %s H=%d B=%d: %s%s, ", cells[shape_.cell].name, type_name<Type>(shape_.tf32),
+    printf("%s %s %s H=%d B=%d: %s%s, ", cells[shape_.cell].name,
+           sizeof(Type) == 2 ? "bfloat16"
+           : shape_.tf32     ? "tf32"
+                             : "float32",
            shape_.backward ? "backward" : "forward", shape_.H, shape_.batch, what.c_str(), mark);
     try {
-      std::vector<float> times;
-      cudaEvent_t begin, end;
-      FUSEDRNN_CUDA(cudaEventCreate(&begin));
-      FUSEDRNN_CUDA(cudaEventCreate(&end));
-      for (int i = 0; i < 4; ++i) {  // the first warms up
-        FUSEDRNN_CUDA(cudaEventRecord(begin, nullptr));
-        run();
-        FUSEDRNN_CUDA(cudaEventRecord(end, nullptr));
-        FUSEDRNN_CUDA(cudaEventSynchronize(end));
-        float ms = 0;
-        FUSEDRNN_CUDA(cudaEventElapsedTime(&ms, begin, end));
-        if (i > 0) times.push_back(ms);
-      }
-      FUSEDRNN_CUDA(cudaEventDestroy(begin));
-      FUSEDRNN_CUDA(cudaEventDestroy(end));
-      std::sort(times.begin(), times.end());
-      printf("%.3f us a step (believed: %.3f)\n", times[1] * 1e3 / T, estimated);
+      const double us = median_us(1, 3, [] {}, run);
+      printf("%.3f us a step (believed: %.3f)\n", us / T, estimated);
     } catch (const Error& error) {
       printf("not run: %s\n", error.what());
       cudaGetLastError();

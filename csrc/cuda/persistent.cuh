@@ -34,9 +34,7 @@ struct Persistent {
   static constexpr int results = backward ? 1 : Cell::recurrent[q].count;
   // Partial sums, of which the tile has [depth_warps][cells][lane].
   template <int n>
-  struct alignas(n == 1   ? 4
-                 : n == 2 ? 8
-                          : 16) Sums {
+  struct alignas(4 * (n == 3 ? 4 : n)) Sums {
     float of[n == 3 ? 4 : n];
   };
   template <int q>
@@ -51,8 +49,8 @@ struct Persistent {
   const bool single;  // of one sequence
   const int first_unit = exchange.rank * plan.units;
   const int first_row;  // sequence of the batch
-  const int begin = backward ? 0 : f.begin;  // the steps to run: [begin, steps)
-  const int steps = backward || f.schedule.length[first_row] < f.end ? f.schedule.length[first_row] : f.end;
+  const int begin = backward ? 0 : f.begin;  // the steps to run: [begin, end)
+  const int end = backward || f.schedule.length[first_row] < f.end ? f.schedule.length[first_row] : f.end;
 
   // Pair p of this thread: a hidden unit of a sequence. A warp's 32 lie side by side in the tile: 8 units by 4 sequences.
   struct Pair {
@@ -111,6 +109,7 @@ struct Persistent {
     else
       return held1;
   }
+
   // ---- the weights
 
   // 16 bytes of the weights: of a slot of a unit of this block, from element k of the operand on; 0 where there is no such
@@ -360,7 +359,7 @@ struct Persistent {
   }
 
   __device__ __forceinline__ void run_forward() {
-    if (steps <= begin) return;
+    if (end <= begin) return;
     start();
 #pragma unroll
     for (int p = 0; p < pairs; ++p) {
@@ -379,11 +378,11 @@ struct Persistent {
     }
     give<0>(0);
     ask_forward(begin);
-    for (int s = begin; s < steps; ++s) forward_phase<0>(s);
+    for (int s = begin; s < end; ++s) forward_phase<0>(s);
     if constexpr (Cell::states > 1)
 #pragma unroll
       for (int p = 0; p < pairs; ++p)
-        if (runs(p, steps)) f.carry[carry_at(p)] = state[p][1].r;
+        if (runs(p, end)) f.carry[carry_at(p)] = state[p][1].r;
     exchange.sync_group();  // no block leaves while another may write to it
   }
 
@@ -421,11 +420,11 @@ struct Persistent {
       if (last) state[p][0] = V(widen(value));  // h is what y holds
       stage_value<next>(p, 0, next_k, value);
     }
-    if (!last || s + 1 < steps) give<next>(next_k);
+    if (!last || s + 1 < end) give<next>(next_k);
     int64_t at[pairs];  // rows of step s
 #pragma unroll
     for (int p = 0; p < pairs; ++p) at[p] = pair[p].row;
-    if (last && s + 1 < steps) ask_forward(s + 1);
+    if (last && s + 1 < end) ask_forward(s + 1);
 #pragma unroll
     for (int p = 0; p < pairs; ++p) {
       if (!runs(p, s)) continue;
@@ -472,18 +471,18 @@ struct Persistent {
   }
 
   __device__ __forceinline__ void run_backward() {
-    if (steps == 0) return;
+    if (end == 0) return;
     start();
 #pragma unroll
     for (int p = 0; p < pairs; ++p) {
-      pair[p].next = row(p, steps - 1), pair[p].after = row(p, steps - 2);
+      pair[p].next = row(p, end - 1), pair[p].after = row(p, end - 2);
 #pragma unroll
       for (int i = 0; i < Cell::states; ++i)
         state[p][i] = V(a.dfinal_state[i] && pair[p].length > 0 ? widen(a.dfinal_state[i][state_at(p)]) : 0.0f);
     }
-    ask_backward(steps - 1);
-    for (int s = steps - 1; s >= 0; --s) backward_stage<0>(s);
-    if (a.dstate[0]) product<0>(steps - 1);
+    ask_backward(end - 1);
+    for (int s = end - 1; s >= 0; --s) backward_stage<0>(s);
+    if (a.dstate[0]) product<0>(end - 1);
 #pragma unroll
     for (int p = 0; p < pairs; ++p) {
       if (pair[p].length == 0) continue;
@@ -500,7 +499,7 @@ struct Persistent {
     constexpr bool last = q + 1 == phases;
     constexpr int next = last ? 0 : q + 1;  // the stage that these gradients feed
     constexpr Span fed = Cell::recurrent[next];
-    const int k = steps - 1 - s;  // how many operands of each stage were given before
+    const int k = end - 1 - s;  // how many operands of each stage were given before
     if (q > 0 || k > 0) product<q>(q == 0 ? k - 1 : k);
 #pragma unroll
     for (int p = 0; p < pairs; ++p) {

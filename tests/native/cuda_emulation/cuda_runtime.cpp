@@ -77,14 +77,14 @@ cudaError_t run_on_stream(const cudaLaunchConfig_t& config, std::function<void()
     const cudaLaunchAttribute& a = config.attrs[i];
     if (a.id == cudaLaunchAttributeCooperative && a.val.cooperative) c.resident = true;
     if (a.id == cudaLaunchAttributeClusterDimension)
-      c.cluster = Index(a.val.clusterDim.x, a.val.clusterDim.y, a.val.clusterDim.z);
+      c.clusters = true, c.cluster = Index(a.val.clusterDim.x, a.val.clusterDim.y, a.val.clusterDim.z);
   }
   const size_t threads = size_t(c.block.x) * c.block.y * c.block.z;
   const size_t blocks = size_t(c.grid.x) * c.grid.y * c.grid.z;
   if (threads == 0 || threads > 1024 || blocks == 0 || c.shared > (227 << 10) || c.grid.y > 65535 || c.grid.z > 65535 ||
       c.cluster.x > 16 || c.cluster.x == 0 || c.grid.x % c.cluster.x != 0 || c.cluster.y != 1 || c.cluster.z != 1)
     return result(cudaErrorInvalidValue);
-  if (c.cluster.x > 1 && no_clusters) return result(cudaErrorInvalidClusterSize);
+  if (c.clusters && no_clusters) return result(cudaErrorInvalidClusterSize);
   if (c.resident && no_cooperative) return result(cudaErrorCooperativeLaunchTooLarge);
   return on_stream(config.stream, [c, kernel] { launch("a kernel", c, kernel); });
 }

@@ -79,7 +79,15 @@ inline Words load_given(const void* p) { return *static_cast<const Words*>(p); }
 inline void store_given(void* p, Words v) { *static_cast<Words*>(p) = v; }
 inline void poll_pause() { emulated::yield(); }
 
-inline void sync_cluster() { emulated::meet(emulated::current->block->cluster->meeting); }
+inline emulated::Cluster& emulated_cluster() {
+  emulated::Cluster& cluster = *emulated::current->block->cluster;
+  if (!cluster.asked) {
+    fprintf(stderr, "emulator: an instruction of clusters in a launch without them\n");
+    abort();
+  }
+  return cluster;
+}
+inline void sync_cluster() { emulated::meet(emulated_cluster().meeting); }
 
 struct EmulatedBarrier {
   int32_t bytes;     // still to come; below 0 if they came before they were expected
@@ -120,7 +128,7 @@ inline void barrier_wait(SharedAddress barrier, unsigned parity) {
 }
 
 inline void send(SharedAddress at, Words v, unsigned rank, SharedAddress barrier) {
-  unsigned char* peer = emulated::current->block->cluster->blocks[rank]->shared;
+  unsigned char* peer = emulated_cluster().blocks[rank]->shared;
   memcpy(peer + at, &v, sizeof v);
   EmulatedBarrier& b = *reinterpret_cast<EmulatedBarrier*>(peer + barrier);
   b.bytes -= 16;

@@ -230,7 +230,7 @@ void run_blocks(const char* name, const Configuration& c, size_t first, size_t c
     Cluster& cluster = *block.cluster;
     cluster.meeting.size = int(cluster_size * threads);
     cluster.blocks = &pointers[b / cluster_size * cluster_size];
-    cluster.size = int(cluster_size);
+    cluster.size = int(cluster_size), cluster.asked = c.clusters;
     for (size_t t = 0; t < threads; ++t) {
       Fiber& fiber = fibers[b * threads + t];
       fiber.thread.index = Index(t % c.block.x, t / c.block.x % c.block.y, t / c.block.x / c.block.y);

@@ -34,6 +34,7 @@ struct Block;
 
 struct Cluster {
   Meeting meeting;
+  bool asked;  // the launch spoke of clusters: without that, not even one block is a cluster
   Block** blocks;
   int size;
 };
@@ -58,6 +59,7 @@ struct Configuration {
   Index grid, block, cluster;
   size_t shared = 0;
   bool resident = false;  // all blocks are alive at once
+  bool clusters = false;  // it is a launch of clusters, if only of one block each
 };
 
 extern Thread* current;                               // the thread that runs, null outside of a launch
