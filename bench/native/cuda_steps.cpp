@@ -89,14 +89,15 @@ class Layer {
       before = what;
       const bool chosen = p.exchange == best.exchange && p.blocks == best.blocks && p.columns == best.columns && !best.reason;
       line(what, chosen ? " *" : "", p.estimated_us, [&] {
+        FUSEDRNN_CUDA(cudaMemsetAsync(workspace_, workspace_fill, size_t(p.workspace_bytes(T)), nullptr));
         const bool ran = shape_.backward ? persistent_backward<Type>(shape_.cell, p, b_, workspace_, nullptr)
                                          : persistent_forward<Type>(shape_.cell, p, f_, workspace_, nullptr);
         if (!ran) throw Error(cudaErrorNotSupported, "the driver refused it");
       });
     };
     for (int blocks = 1; blocks <= machine.max_cluster; blocks *= 2)
-      for (int columns = 8; columns <= 32; columns += 8) plan(Exchange::cluster, blocks, std::min(columns, shape_.batch));
-    for (int columns = 8; columns < shape_.batch + 8; columns *= 2)
+      for (int columns : {4, 8, 16}) plan(Exchange::cluster, blocks, std::min(columns, shape_.batch));
+    for (int columns = 4; columns < shape_.batch + 8; columns *= 2)
       for (int units = 8; units < shape_.H + 8; units += 8)
         plan(Exchange::grid, int((shape_.H + units - 1) / units), std::min(columns, shape_.batch));
   }

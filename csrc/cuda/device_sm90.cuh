@@ -93,6 +93,13 @@ __device__ __forceinline__ V load_shared(SharedAddress at) {
   }
   return v;
 }
+// Where not `wanted`, w stays as it is.
+__device__ __forceinline__ void load_shared_if(bool wanted, SharedAddress at, Words& w) {
+  asm volatile("{ .reg .pred p; setp.ne.u32 p, %5, 0; @p ld.shared.v4.u32 {%0, %1, %2, %3}, [%4]; }"
+               : "+r"(w.w[0]), "+r"(w.w[1]), "+r"(w.w[2]), "+r"(w.w[3])
+               : "r"(at), "r"(uint32_t(wanted))
+               : "memory");
+}
 template <class V>
 __device__ __forceinline__ void store_shared(SharedAddress at, V v) {
   if constexpr (sizeof(V) == 16) {
@@ -115,16 +122,27 @@ __device__ __forceinline__ void store_shared(SharedAddress at, V v) {
   }
 }
 // `bytes` (4 or 16) of global memory to shared memory, without a register that waits for them. There for this thread when it
-// has waited.
+// has waited: until no more than `pending` commits have copies on their way.
 template <int bytes>
 __device__ __forceinline__ void copy_async(SharedAddress to, const void* from) {
   asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(to), "l"(from), "n"(bytes) : "memory");
 }
-__device__ __forceinline__ void copy_async_wait() { asm volatile("cp.async.wait_all;" ::: "memory"); }
-// x, which the compiler then keeps in a register and does not compute again.
+__device__ __forceinline__ void copy_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int pending>
+__device__ __forceinline__ void copy_async_wait() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(pending) : "memory");
+}
+// x, which the front of the compiler then does not compute again.
 __device__ __forceinline__ int kept(int x) {
   asm("" : "+r"(x));
   return x;
+}
+// x, which stays in a register: the assembler sees through `kept`, and through shuffles, but not through 4 bytes of shared
+// memory of the thread's own.
+__device__ __forceinline__ int pinned(int x, SharedAddress own) {
+  int y;
+  asm volatile("st.volatile.shared.u32 [%1], %2;\nld.volatile.shared.u32 %0, [%1];" : "=r"(y) : "r"(own), "r"(x) : "memory");
+  return y;
 }
 
 // a where first, else b: a branch around a shuffle would keep lanes apart.

@@ -22,11 +22,28 @@ constexpr int pack_slot_gates() {
   return gates;
 }
 
-template <class T, class Cell, bool backward, class Hands>
+// Calls call(std::integral_constant<int, n>), of low <= n <= high; soonest where n is `high`.
+template <int low, int high, class Call>
+__device__ __forceinline__ void by_count(int n, Call call) {
+  constexpr int middle = (low + high) / 2;
+  if (low == high || n == high) {
+    call(std::integral_constant<int, high>());
+  } else if constexpr (low < high) {
+    if (n > middle)
+      by_count<(middle + 1 < high ? middle + 1 : high), (high - 1 > middle ? high - 1 : high)>(n, call);
+    else
+      by_count<low, middle>(n, call);
+  }
+}
+
+// `simple`: all sequences have as many steps, and a thread has one pair. Most layers are so, and a step then has half of the
+// branches, each of which takes some 30 cycles that nothing hides.
+template <class T, class Cell, bool backward, template <bool> class Hand, bool simple>
 struct Persistent {
   using V = CellValue<T>;
   using Args = std::conditional_t<backward, BackwardArgs<T>, ForwardArgs<T>>;
-  static constexpr int phases = Cell::phases, pairs = persistent_pairs;
+  using Hands = Hand<simple>;
+  static constexpr int phases = Cell::phases, pairs = simple ? 1 : persistent_pairs;
   static constexpr int vector = 16 / int(sizeof(T)), chunk = chunk_bytes / int(sizeof(T));
   static constexpr int gates_of_slots = pack_slot_gates<Cell>();
 
@@ -45,8 +62,10 @@ struct Persistent {
   const ForwardArgs<T>& f;
   const Hands exchange;
   const SharedAddress shared = exchange.shared;
-  const int lane = lane_of_thread(), warp = warp_of_thread(), g = lane / 4, quarter = lane % 4;
-  const bool single;  // of one sequence
+  const int lane = lane_of_thread(), warp = warp_of_thread(), g = lane / 4, quarter = constant<simple>(lane % 4);
+  const int places = constant<simple>(plan.places);
+  const bool single = places == 1, few = places < 8;  // of one sequence; of less than the tensor cores multiply
+  const int turn = constant<simple>(g < places ? turned(g, lane % 4, places) * 16 : -1);
   const int first_unit = exchange.rank * plan.units;
   const int first_row;  // sequence of the batch
   const int begin = backward ? 0 : f.begin;  // the steps to run: [begin, end)
@@ -58,31 +77,34 @@ struct Persistent {
     int length;            // of the sequence; 0 where there is none
     int row, next, after;  // packed rows of the step whose values were asked for and of the two that follow
     int place[phases];     // where it is in each stage's operand: 8 times the bytes, and its sequence, turned
+    int lane;              // where it is in the tile, in lanes
   } pair[pairs];
   // What this warp multiplies in each stage.
   struct Part {
-    int groups, tile;     // of 8 units, how many of its own there are; bytes: where the tile has the first. 0: none
+    int groups, depth;    // of 8 units, how many of its own there are, 0: none; how many warps share such
     int chunks, operand;  // of k; bytes: where its lane reads the first
-    int gives;            // which 16 bytes of the block's part this thread gives first, and 65536 times to which block
+    SharedAddress sums;   // where the tile has those of the first group
   } part[phases];
+  const SharedAddress tile = shared + unsigned(constant<simple>(plan.tile));
+  const int tile_lanes = constant<simple>(plan.tile_cells * 32);  // from what one warp summed to what the next did
   Words held0[held_words<0>], held1[held_words<phases - 1>];  // weights
 
   __device__ __forceinline__ Persistent(const PersistentPlan& plan, const Args& a, const ForwardArgs<T>& f, Hands exchange)
-      : plan(plan), a(a), f(f), exchange(exchange), single(plan.places == 1),
-        first_row(int(blockIdx.x) / plan.blocks * plan.columns) {
+      : plan(plan), a(a), f(f), exchange(exchange), first_row(int(blockIdx.x) / plan.blocks * plan.columns) {
     const int width = f.schedule.batch - first_row < plan.columns ? f.schedule.batch - first_row : plan.columns;
-    const int columns = single ? 1 : plan.places / 4;  // cells of 8 units: every other one of 8 sequences each
+    const int columns = few ? 1 : places / 4;  // cells of 8 units: every other one of 8 sequences each, or all of up to 4
 #pragma unroll
     for (int p = 0; p < pairs; ++p) {
       const int cell = p * persistent_warps + warp, c = cell % columns;
-      const int unit = cell / columns * lane_units + g, column = single ? quarter : c / 2 * 8 + 2 * quarter + c % 2;
-      const bool there = cell < plan.cells && column < plan.places, valid = there && column < width && first_unit + unit < f.H;
-      pair[p] = {unit, there ? column : -1, valid ? f.schedule.length[first_row + column] : 0, 0, 0, 0, {}};
+      const int unit = cell / columns * lane_units + g, column = few ? quarter : c / 2 * 8 + 2 * quarter + c % 2;
+      const bool there = cell < plan.cells && column < places, valid = there && column < width && first_unit + unit < f.H;
+      pair[p] = {unit, there ? column : -1, valid ? f.schedule.length[first_row + column] : 0, 0, 0, 0, {}, 0};
+      pair[p].lane = constant<simple>(few ? (2 * cell + quarter % 2) * 32 + g * 4 + quarter / 2 : cell * 32 + lane);
 #pragma unroll
       for (int q = 0; q < phases; ++q) {
         const int v = (exchange.rank * (plan.units / vector) + unit / vector) * plan.stage[q].slots;
-        const int bytes = (v * plan.places + (single ? 0 : column / 8 * 8)) * 16 + unit % vector * int(sizeof(T));
-        pair[p].place[q] = kept(bytes * 8 + turned(column, v));
+        const int bytes = (v * places + (few ? 0 : column / 8 * 8)) * 16 + unit % vector * int(sizeof(T));
+        pair[p].place[q] = step_constant(bytes * 8 + turned(column, v, places));
       }
     }
     divide<0>();
@@ -91,17 +113,20 @@ struct Persistent {
   template <int q>
   __device__ __forceinline__ void divide() {
     const Stage& s = plan.stage[q];
-    const int row = warp % s.row_warps, depth = warp / s.row_warps, columns = single ? 1 : plan.places / 4;
+    const int row = warp % s.row_warps, depth = warp / s.row_warps, columns = few ? 2 : places / 4;
     const int groups = groups_of(results<q>, s.wide), all = plan.units / lane_units, left = all - row * groups;
     const int first = depth * s.warp_chunks, more = s.chunks - first;
     Part& p = part[q];
-    p.groups = kept(depth >= s.depth_warps ? 0 : left < groups ? left : groups);
-    p.tile = kept(((depth * plan.cells + row * groups * columns) * 32 + lane) * int(sizeof(Sums<results<q>>)));
-    p.chunks = kept(more < 0 ? 0 : more < s.warp_chunks ? more : s.warp_chunks);
-    p.operand = kept((first * 4 + quarter) * plan.places * 16);
-    p.gives = kept(int(threadIdx.x) % (s.part / 16) + (int(threadIdx.x) / (s.part / 16) << 16));
+    p.groups = step_constant(depth >= s.depth_warps ? 0 : left < groups ? left : groups);
+    p.depth = constant<simple>(s.depth_warps);
+    p.sums = tile + unsigned(step_constant(((depth * plan.tile_cells + row * groups * columns) * 32 + lane) *
+                                           int(sizeof(Sums<results<q>>))));
+    p.chunks = step_constant(more < 0 ? 0 : more < s.warp_chunks ? more : s.warp_chunks);
+    p.operand = step_constant(more <= 0 ? 0 : (first * 4 + quarter) * places * 16);
   }
 
+  // What took some computing.
+  static __device__ __forceinline__ int step_constant(int x) { return constant<simple>(kept(x)); }
   template <int q>
   __device__ __forceinline__ auto& held() {
     if constexpr (q == 0)
@@ -176,29 +201,37 @@ struct Persistent {
     constexpr int count = results<q>, groups = groups_of(count, wide), tiles = tiles_of(count, wide), words = 2 * tiles;
     constexpr int chunks = held_words<q> / words;
     using P = Product<Number, tiles>;
-    constexpr bool many = backward && Hands::kind == Exchange::cluster;  // registers in use
+    constexpr bool many = !simple || (backward && Hands::kind == Exchange::cluster);  // registers in use
     constexpr int buffers = many && P::buffers > 2 ? 2 : P::buffers, ahead = buffers - 1;
     const Part& p = part[q];
     if (p.groups == 0) return;
-    const int next = chunk_bytes * plan.places, columns = single ? 1 : plan.places / 4;
-    SharedAddress at = exchange.operand(q, k) + unsigned(p.operand), to = shared + unsigned(plan.tile + p.tile);
+    const int next = chunk_bytes * places, columns = few ? 2 : places / 4;
+    SharedAddress at = exchange.operand(q, k) + unsigned(p.operand), to = p.sums;
     constexpr unsigned size = sizeof(Sums<count>);
-    for (int c = 0; c < plan.places; c += 8, at += 8 * 16, to += 2 * 32 * size) {
+    int c = 0;
+    do {
       P sum;
-      const auto load = [&](int i) { return P::load(at + unsigned(i * next), g, quarter, single); };
-      typename P::Operand b[buffers];
+      const auto load = [&](typename P::Operand& b, int i) { P::load(b, at + unsigned(i * next), turn, quarter); };
+      typename P::Operand b[buffers] = {};
 #pragma unroll
       for (int i = 0; i < ahead; ++i)
-        if (i < chunks && i < p.chunks) b[i] = load(i);
+        if (i < chunks) load(b[i], i < p.chunks ? i : 0);
+      const auto products = [&](int there, auto most) {  // a constant, so that there is no branch for each chunk; or most
 #pragma unroll
-      for (int i = 0; i < chunks; ++i) {
-        if (i >= p.chunks) break;
-        if (i + ahead < chunks && i + ahead < p.chunks) b[(i + ahead) % buffers] = load(i + ahead);
-        sum.add([&](int x) -> const Words& { return held<q>()[i * words + x]; }, b[i % buffers]);
-      }
+        for (int i = 0; i < decltype(most)::value; ++i) {
+          if (i >= there) break;
+          if (i + ahead < decltype(most)::value && i + ahead < there) load(b[(i + ahead) % buffers], i + ahead);
+          sum.add([&](int x) -> const Words& { return held<q>()[i * words + x]; }, b[i % buffers]);
+        }
+      };
+      if constexpr (simple && ahead > 0)
+        by_count<0, chunks>(p.chunks < chunks ? p.chunks : chunks, [&](auto n) { products(decltype(n)::value, n); });
+      else
+        products(p.chunks, std::integral_constant<int, chunks>());
 #pragma unroll(sizeof(T) == 2 ? 2 : 1)
       for (int i = chunks; i < p.chunks; ++i) {
-        const typename P::Operand b = load(i);
+        typename P::Operand b = {};
+        load(b, i);
         Words w[words];
 #pragma unroll
         for (int x = 0; x < words; ++x) w[x] = load_shared<Words>(spilled<q>((i - chunks) * words + x));
@@ -207,17 +240,17 @@ struct Persistent {
       sum.finish(quarter);
 #pragma unroll
       for (int j = 0; j < groups; ++j) {
-        if (j >= p.groups) continue;
+        if (j > 0 && j >= p.groups) continue;
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
-          if (e == 1 && single) continue;
           Sums<count> sums;
 #pragma unroll
           for (int i = 0; i < count; ++i) sums.of[i] = sum.at(i * groups + j, e);
           store_shared(to + unsigned((j * columns + e) * 32) * size, sums);
         }
       }
-    }
+      c += 8, at += 8 * 16, to += 2 * 32 * size;
+    } while (c < places);
   }
   template <int q, bool wide>
   __device__ __forceinline__ void multiply(int k) {
@@ -254,20 +287,19 @@ struct Persistent {
   template <int q>
   __device__ __forceinline__ void add_sums(int p, V* to) const {
     constexpr int count = results<q>;
-    const SharedAddress at =
-        shared + unsigned(plan.tile + ((p * persistent_warps + warp) * 32 + lane) * int(sizeof(Sums<count>)));
-    if (plan.stage[q].depth_warps > 4)
+    const SharedAddress at = tile + unsigned(pair[p].lane) * unsigned(sizeof(Sums<count>));
+    if (part[q].depth > 4)
       add_sums<count, persistent_warps>(at, persistent_warps, to);
     else
-      add_sums<count, 4>(at, plan.stage[q].depth_warps, to);
+      add_sums<count, 4>(at, part[q].depth, to);
   }
   template <int count, int depth>
   __device__ __forceinline__ void add_sums(SharedAddress at, int there, V* to) const {
     Sums<count> sums[depth];
 #pragma unroll
     for (int d = 0; d < depth; ++d)
-      sums[d] = d < there ? load_shared<Sums<count>>(at + unsigned(d * plan.cells * 32) * unsigned(sizeof(Sums<count>)))
-                          : Sums<count>{};
+      sums[d] =
+          d < there ? load_shared<Sums<count>>(at + unsigned(d * tile_lanes) * unsigned(sizeof(Sums<count>))) : Sums<count>{};
 #pragma unroll
     for (int i = 0; i < count; ++i) {
       float total = sums[0].of[i];
@@ -285,12 +317,12 @@ struct Persistent {
   __device__ __forceinline__ void stage_value(int p, int slot, int k, T value) const {
     if (pair[p].column < 0) return;
     if (sizeof(T) == 4 && plan.tf32) value = rounded_to_tf32(value);
-    const int place = pair[p].place[q], turn = single ? 0 : turned(place, slot);
-    store_shared(exchange.part(q, k) + unsigned((place >> 3) + (slot * plan.places + turn) * 16), Hands::clean(value));
+    const int place = pair[p].place[q], turn = turned(place & 7, slot, places);
+    store_shared(exchange.part(q, k) + unsigned((place >> 3) + (slot * places + turn) * 16), Hands::clean(value));
   }
   template <int q>
   __device__ __forceinline__ void give(int k) const {
-    exchange.give(q, k, part[q].gives & 0xffff, part[q].gives >> 16);
+    exchange.give(q, k);
   }
   static __device__ __forceinline__ T rounded_to_tf32(T value) {
     if constexpr (sizeof(T) == 4) {
@@ -323,7 +355,7 @@ struct Persistent {
   // The packed row of step s; some row where there is no such step.
   __device__ __forceinline__ int row(int p, int s) const {
     const Schedule& order = f.schedule;
-    if (order.uniform) return (order.backward_in_time ? order.steps - 1 - s : s) * order.batch + sequence(p);
+    if (simple || order.uniform) return (order.backward_in_time ? order.steps - 1 - s : s) * order.batch + sequence(p);
     return s >= 0 && runs(p, s) ? int(order.offset[order.backward_in_time ? pair[p].length - 1 - s : s]) + sequence(p) : 0;
   }
   __device__ __forceinline__ int sequence(int p) const { return first_row + pair[p].column; }  // of the batch, sorted
@@ -336,26 +368,31 @@ struct Persistent {
 
   V bias[backward ? 1 : pairs][Cell::slots], state[pairs][Cell::states], slot[pairs][Cell::slots];
   // Where the input of pair p waits for its step: no register would do, since the compiler moves those between steps, and a
-  // move waits for what is asked for.
+  // move waits for what is asked for. Two steps ahead where that needs no look at the schedule.
+  static constexpr int steps_ahead = simple ? 2 : 1;
   static constexpr int inputs = Cell::input.count;
-  __device__ __forceinline__ SharedAddress input(int p) const {
-    return shared + unsigned(plan.input + (p * persistent_threads + int(threadIdx.x)) * inputs * 4);
+  const SharedAddress first_input = shared + unsigned(constant<simple>(plan.input + int(threadIdx.x) * inputs * 4));
+  __device__ __forceinline__ SharedAddress input(int p, int k) const {
+    return first_input + unsigned((simple ? k & 1 : p) * (persistent_threads * inputs * 4));
   }
 
-  // Asks for the input of step s, whose row is known, and for the row of the next.
-  __device__ __forceinline__ void ask_forward(int s) {
+  // Asks for the input of step s, the k-th of this launch, whose row is known, and for the row of the next.
+  __device__ __forceinline__ void ask_forward(int s, int k) {
 #pragma unroll
     for (int p = 0; p < pairs; ++p) {
+      if (simple) pair[p].next = row(p, s);
       pair[p].row = pair[p].next;
-      if (!runs(p, s)) continue;
+      if (s >= end || !runs(p, s)) continue;
       const float* from = f.input + place(p, pair[p].row) * inputs;
+      const SharedAddress to = input(p, k);
       if constexpr (inputs == 4)
-        copy_async<16>(input(p), from);
+        copy_async<16>(to, from);
       else
 #pragma unroll
-        for (int i = 0; i < inputs; ++i) copy_async<4>(input(p) + 4u * i, from + i);
-      pair[p].next = row(p, s + 1);
+        for (int i = 0; i < inputs; ++i) copy_async<4>(to + 4u * i, from + i);
+      if (!simple) pair[p].next = row(p, s + 1);
     }
+    copy_async_commit();
   }
 
   __device__ __forceinline__ void run_forward() {
@@ -377,8 +414,9 @@ struct Persistent {
       stage_value<0>(p, 0, 0, narrow<T>(state[p][0].r));
     }
     give<0>(0);
-    ask_forward(begin);
-    for (int s = begin; s < end; ++s) forward_phase<0>(s);
+#pragma unroll
+    for (int i = 0; i < steps_ahead; ++i) ask_forward(begin + i, i);
+    for (int s = begin, k = 0; s < end; ++s, ++k) forward_phase<0>(s, k);
     if constexpr (Cell::states > 1)
 #pragma unroll
       for (int p = 0; p < pairs; ++p)
@@ -387,25 +425,29 @@ struct Persistent {
   }
 
   template <int q>
-  __device__ __forceinline__ void forward_phase(int s) {
+  __device__ __forceinline__ void forward_phase(int s, int k) {  // the k-th of this launch
     constexpr Span span = Cell::recurrent[q];
     constexpr bool last = q + 1 == phases;
     constexpr int next = last ? 0 : q + 1;  // the stage that the new values feed
-    const int k = s - begin, next_k = last ? k + 1 : k;
-    V save[pairs][Cell::saved + 1], operand[pairs];
+    const int next_k = last ? k + 1 : k;
+    V save[pairs][Cell::saved + 1] = {}, operand[pairs] = {};
+    bool ran[pairs];
+#pragma unroll
+    for (int p = 0; p < pairs; ++p) ran[p] = runs(p, s);
     product<q>(k);
-    if (q == 0) copy_async_wait();
+    if (q == 0) copy_async_wait<steps_ahead - 1>();
 #pragma unroll
     for (int p = 0; p < pairs; ++p) {
-      if (!runs(p, s)) continue;
+      if (!ran[p]) continue;
       if constexpr (q == 0) {
         float fed[inputs];
+        const SharedAddress from = input(p, k);
         if constexpr (inputs == 4) {
-          const Words words = load_shared<Words>(input(p));
+          const Words words = load_shared<Words>(from);
           memcpy(fed, &words, sizeof fed);
         } else {
 #pragma unroll
-          for (int i = 0; i < inputs; ++i) fed[i] = load_shared<float>(input(p) + 4u * i);
+          for (int i = 0; i < inputs; ++i) fed[i] = load_shared<float>(from + 4u * i);
         }
 #pragma unroll
         for (int i = 0; i < Cell::slots; ++i) {
@@ -423,11 +465,11 @@ struct Persistent {
     if (!last || s + 1 < end) give<next>(next_k);
     int64_t at[pairs];  // rows of step s
 #pragma unroll
-    for (int p = 0; p < pairs; ++p) at[p] = pair[p].row;
-    if (last && s + 1 < end) ask_forward(s + 1);
+    for (int p = 0; p < pairs; ++p) at[p] = simple ? row(p, s) : pair[p].row;
+    if (last && s + 1 < end) ask_forward(s + steps_ahead, k + steps_ahead);
 #pragma unroll
     for (int p = 0; p < pairs; ++p) {
-      if (!runs(p, s)) continue;
+      if (!ran[p]) continue;
       const int unit = unit_of(p);
       if constexpr (!last) {
         f.operand[(f.saved ? at[p] : sequence(p)) * f.H + unit] = narrow<T>(operand[p].r);
@@ -441,7 +483,7 @@ struct Persistent {
           for (int i = 0; i < Cell::states; ++i) f.final_state[i][state_at(p)] = narrow<T>(state[p][i].r);
       }
     }
-    if constexpr (!last) forward_phase<q + 1>(s);
+    if constexpr (!last) forward_phase<q + 1>(s, k);
   }
 
   // ---- backward: `state` holds the carry, `slot` the slots' gradients
@@ -481,7 +523,7 @@ struct Persistent {
         state[p][i] = V(a.dfinal_state[i] && pair[p].length > 0 ? widen(a.dfinal_state[i][state_at(p)]) : 0.0f);
     }
     ask_backward(end - 1);
-    for (int s = end - 1; s >= 0; --s) backward_stage<0>(s);
+    for (int s = end - 1, k = 0; s >= 0; --s, ++k) backward_stage<0>(s, k);
     if (a.dstate[0]) product<0>(end - 1);
 #pragma unroll
     for (int p = 0; p < pairs; ++p) {
@@ -495,11 +537,10 @@ struct Persistent {
   }
 
   template <int q>
-  __device__ __forceinline__ void backward_stage(int s) {
+  __device__ __forceinline__ void backward_stage(int s, int k) {  // k operands of each stage were given before
     constexpr bool last = q + 1 == phases;
     constexpr int next = last ? 0 : q + 1;  // the stage that these gradients feed
     constexpr Span fed = Cell::recurrent[next];
-    const int k = end - 1 - s;  // how many operands of each stage were given before
     if (q > 0 || k > 0) product<q>(q == 0 ? k - 1 : k);
 #pragma unroll
     for (int p = 0; p < pairs; ++p) {
@@ -519,7 +560,9 @@ struct Persistent {
       int64_t at[pairs];
 #pragma unroll
       for (int p = 0; p < pairs; ++p) at[p] = pair[p].row;
-      const bool ran[pairs] = {runs(0, s), runs(pairs - 1, s)};
+      bool ran[pairs];
+#pragma unroll
+      for (int p = 0; p < pairs; ++p) ran[p] = runs(p, s);
       if (s > 0) ask_backward(s - 1);
 #pragma unroll
       for (int p = 0; p < pairs; ++p) {
@@ -528,30 +571,31 @@ struct Persistent {
         for (int i = 0; i < Cell::slots; ++i) a.gates[(at[p] * Cell::slots + i) * f.H + unit_of(p)] = narrow<T>(slot[p][i].r);
       }
     } else {
-      backward_stage<q + 1>(s);
+      backward_stage<q + 1>(s, k);
     }
   }
 };
 
-template <class T, class Cell, bool backward, class Hands>
+template <class T, class Cell, bool backward, template <bool> class Hands, bool simple>
 __global__ void __launch_bounds__(persistent_threads, 1)
     persistent_kernel(const __grid_constant__ PersistentPlan plan,
                       const __grid_constant__ std::conditional_t<backward, BackwardArgs<T>, ForwardArgs<T>> args,
                       unsigned char* workspace) {
   // A build for a GPU without clusters has these kernels too, empty: no plan launches them.
-  if constexpr (FUSEDRNN_CLUSTERS || std::is_same_v<Hands, GridExchange>) {
-    const int rank = int(blockIdx.x) % plan.blocks;
-    const SharedAddress shared = SharedAddress(kept(int(shared_address(shared_memory<unsigned char>()))));
-    const auto run = [&](const Hands& exchange) {
+  constexpr bool grid = Hands<simple>::kind == Exchange::grid;
+  if constexpr (FUSEDRNN_CLUSTERS || grid) {
+    const int rank = constant<simple>(int(blockIdx.x) % plan.blocks);
+    const SharedAddress shared = SharedAddress(constant<simple>(kept(int(shared_address(shared_memory<unsigned char>())))));
+    const auto run = [&](const Hands<simple>& exchange) {
       if constexpr (backward)
-        Persistent<T, Cell, true, Hands>(plan, args, args.forward, exchange).run_backward();
+        Persistent<T, Cell, true, Hands, simple>(plan, args, args.forward, exchange).run_backward();
       else
-        Persistent<T, Cell, false, Hands>(plan, args, args, exchange).run_forward();
+        Persistent<T, Cell, false, Hands, simple>(plan, args, args, exchange).run_forward();
     };
-    if constexpr (std::is_same_v<Hands, GridExchange>)
-      run({plan, rank, shared, int(blockIdx.x) / plan.blocks, workspace});
+    if constexpr (grid)
+      run({plan, rank, shared, Cell::phases, int(blockIdx.x) / plan.blocks, workspace});
     else
-      run({plan, rank, shared});
+      run({plan, rank, shared, Cell::phases});
   }
 }
 
@@ -565,11 +609,17 @@ bool launch_persistent(const PersistentPlan& plan, const Args& args, void* works
   how.grid = dim3(unsigned(plan.blocks * plan.slices)), how.block = dim3(persistent_threads);
   how.shared = size_t(plan.shared_bytes), how.stream = stream;
   how.cluster = grid ? 0 : plan.blocks, how.cooperative = grid;
-  if (grid) FUSEDRNN_CUDA(cudaMemsetAsync(workspace, 0xff, size_t(plan.workspace_bytes(args.steps())), stream));
-  const cudaError_t code = try_launch(
-      name, how,
-      grid ? persistent_kernel<T, Cell, backward, GridExchange> : persistent_kernel<T, Cell, backward, ClusterExchange>, plan,
-      args, static_cast<unsigned char*>(workspace));
+  const Schedule* schedule;
+  if constexpr (backward)
+    schedule = &args.forward.schedule;
+  else
+    schedule = &args.schedule;
+  const bool simple = schedule->uniform && plan.cells <= persistent_warps;
+  const auto kernel = grid     ? simple ? persistent_kernel<T, Cell, backward, GridExchange, true>
+                                        : persistent_kernel<T, Cell, backward, GridExchange, false>
+                      : simple ? persistent_kernel<T, Cell, backward, ClusterExchange, true>
+                               : persistent_kernel<T, Cell, backward, ClusterExchange, false>;
+  const cudaError_t code = try_launch(name, how, kernel, plan, args, static_cast<unsigned char*>(workspace));
   if (is_refusal(code)) return cudaGetLastError(), false;
   check(code, name);
   return true;

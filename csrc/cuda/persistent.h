@@ -22,6 +22,8 @@ constexpr int persistent_threads = 256, persistent_warps = persistent_threads / 
 constexpr int persistent_pairs = 2;  // (unit, sequence) pairs of a thread, at most
 constexpr int chunk_bytes = 64;      // of k that a warp multiplies at a time: 16 bytes for each of 4 lanes
 constexpr int lane_units = 8;        // hidden units whose results lie side by side in the lanes of a warp
+constexpr int barriers_at = 0;       // bytes, in shared memory
+constexpr int workspace_fill = 0xff; // every byte of a workspace before a launch: what nobody has given
 
 enum class Exchange { cluster, grid };
 
@@ -35,7 +37,7 @@ FUSEDRNN_HD constexpr int tiles_of(int count, bool wide) { return count * groups
 // Of a lane's weights, 16 bytes each, those that registers hold; the rest is in shared memory. As many as leave nothing
 // to spill: float32's products need more registers for other things.
 FUSEDRNN_HD constexpr int words_in_registers(int size, bool backward, Exchange exchange, int phases, int stage) {
-  if (size == 2 && phases > 1) return stage == 1 ? 12 : backward ? 16 : 20;
+  if (size == 2 && phases > 1) return stage == 1 ? 12 : 16;
   if (size == 2) return backward && exchange == Exchange::grid ? 28 : 32;
   return (phases > 1 ? (stage == 0 ? 12 : 8) : 20) - (backward && stage == 0 ? 4 : 0);
 }
@@ -58,16 +60,17 @@ struct PersistentPlan {
   const char* reason;  // why there is none, for people; null where there is one
   Exchange exchange;
   int slices, columns;  // columns: sequences of a slice
-  int places;           // sequences that the operand has room for: 1, or a multiple of 8
+  int places;           // sequences that the operand has room for: 1, 4 (only of tensor cores), or a multiple of 8
   int blocks, units;    // of a group; of a block, a multiple of 8
   Stage stage[max_phases];
   int cells;                    // of 8 units and every other one of 8 sequences, one of each for a lane: see persistent.cuh
-  int tile, staging, barriers, input;  // bytes, in shared memory
+  int tile_cells;  // for which the tile has room: twice as many, where less than 8 sequences are multiplied as 8
+  int tile, staging, input;  // bytes, in shared memory
   int shared_bytes;
   int step_bytes;  // of a grid, in global memory: what a slice's blocks give one another in a step
   bool tf32;
   double estimated_us;  // of a step
-  int staging_stage;    // bytes from a stage's staging, what a block of a grid gives, to the next stage's
+  int staging_stage;  // bytes from a stage's staging, what a block of a grid gives, to the next stage's
   int64_t workspace_bytes(int64_t steps) const { return int64_t(step_bytes) * slices * steps; }
 };
 
@@ -80,7 +83,7 @@ PersistentPlan persistent_plan(const CellInfo& cell, int size, bool backward, in
                                const Machine& machine, int at_once, Exchange exchange, int blocks, int columns);
 
 // False where the driver refuses such a launch (see is_refusal); no array of args is touched then. Throws Error where
-// it fails otherwise. workspace: plan.workspace_bytes() of the steps to run, filled here, on the stream.
+// it fails otherwise. workspace: plan.workspace_bytes() of the steps to run, filled with workspace_fill.
 template <class T>
 [[nodiscard]] bool persistent_forward(int cell, const PersistentPlan& plan, const ForwardArgs<T>& args, void* workspace,
                                       CUstream_st* stream);

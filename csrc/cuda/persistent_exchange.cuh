@@ -10,21 +10,54 @@
 
 namespace fusedrnn::cuda {
 
+// What a thread keeps of a plan from step to step. Where there are registers for it (`pins`) they are pinned, or else the
+// assembler reads constant memory again each time, which costs some 40 cycles. Only before shared memory is in use.
+template <bool pins>
+__device__ __forceinline__ int constant(int x) {
+  if constexpr (pins)
+    return pinned(x, shared_address(shared_memory<unsigned char>()) + threadIdx.x * 4);
+  else
+    return x;
+}
+
 // Both have: operand(q, k), where number k of stage q's operand lies in shared memory once it was awaited; part(q, k), where
 // this block puts its part of it, by offsets within the operand; give(), which hands that to the others; wait().
+template <bool pins>
 struct ClusterExchange {
   static constexpr Exchange kind = Exchange::cluster;
   const PersistentPlan& plan;
   const int rank;
   const SharedAddress shared;
+  struct {
+    SharedAddress operand;
+    int bytes;       // of it
+    int from, to;    // of the operand's bytes, which 16 this thread gives first, and to which block
+    int sends, step;  // to how many blocks; from one to the next
+  } stage[max_phases];
 #if FUSEDRNN_CLUSTERS
 
+  __device__ __forceinline__ ClusterExchange(const PersistentPlan& plan, int rank, SharedAddress shared, int phases)
+      : plan(plan), rank(rank), shared(shared) {
+#pragma unroll
+    for (int q = 0; q < max_phases; ++q) {
+      if (q >= phases) continue;
+      const Stage& s = plan.stage[q];
+      const int vectors = s.part / 16, thread = int(threadIdx.x);
+      const int to = thread / vectors, step = s.block_step;
+      const int sends = s.vector_step != 0 ? 0 : to < plan.blocks ? (plan.blocks - to + step - 1) / step : 0;
+      stage[q] = {shared + unsigned(constant<pins>(s.operand)),
+                  constant<pins>(s.bytes),
+                  constant<pins>(rank * s.part + thread % vectors * 16),
+                  constant<pins>(to),
+                  constant<pins>(sends),
+                  constant<pins>(step)};
+    }
+  }
   __device__ __forceinline__ SharedAddress barrier(int q, int k) const {
-    return shared + unsigned(plan.barriers + (2 * q + (k & 1)) * 8);
+    return shared + unsigned(barriers_at + (2 * q + (k & 1)) * 8);
   }
   __device__ __forceinline__ SharedAddress operand(int q, int k) const {
-    const Stage& s = plan.stage[q];
-    return shared + unsigned(k & 1 ? s.operand + s.bytes : s.operand);
+    return stage[q].operand + unsigned(stage[q].bytes & -(k & 1));
   }
   __device__ __forceinline__ SharedAddress part(int q, int k) const { return operand(q, k); }
   template <class T>
@@ -42,35 +75,33 @@ struct ClusterExchange {
   __device__ __forceinline__ void sync_group() const { sync_cluster(); }
   template <int batch>
   __device__ __forceinline__ void wait(int q, int k) const {
-    if (plan.stage[q].arriving == 0) return;  // one block: give() was a barrier
     barrier_wait(barrier(q, k), unsigned(k) >> 1 & 1);
     if (threadIdx.x == 0)
       barrier_expect(barrier(q, k), unsigned(plan.stage[q].arriving));  // of k + 2, which nobody gives before we give k + 1
   }
-  // Neighbouring lanes store neighbouring 16 bytes to the same block: what goes to several at once takes longer.
-  __device__ __forceinline__ void give(int q, int k, int vector, int to) const {
+  // Neighbouring lanes store neighbouring 16 bytes to the same block: what goes to several at once takes longer. A block
+  // stores to itself too, what is there already: to leave it out would be a branch for each store.
+  __device__ __forceinline__ void give(int q, int k) const {
     sync_block();
     const Stage& s = plan.stage[q];
-    SharedAddress at = operand(q, k) + unsigned(rank * s.part + vector * 16);
+    SharedAddress at = operand(q, k) + unsigned(stage[q].from);
     const SharedAddress done = barrier(q, k);
     const Words words = load_shared<Words>(at);
-    const auto offer = [&](const Words& w) {
-      if (to < plan.blocks && to != rank) send(at, w, unsigned(to), done);
-    };
-    offer(words);
-    if (s.vector_step == 0) {  // as a rule: the same 16 bytes go to further blocks
-#pragma unroll 2
-      for (int i = 1; i < s.passes; ++i) {
-        to += s.block_step;
-        offer(words);
+    int to = stage[q].to, sends = stage[q].sends;
+    if (sends > 0) {  // as a rule: the same 16 bytes go to all of these
+      send(at, words, unsigned(to), done);
+      while (--sends > 0) {
+        to += stage[q].step;
+        send(at, words, unsigned(to), done);
       }
-      return;
-    }
+    } else if (s.vector_step != 0) {
+      int left = s.part - (stage[q].from - rank * s.part);
 #pragma unroll 1
-    for (int i = 1; i < s.passes; ++i) {
-      to += s.block_step, vector += s.vector_step, at += unsigned(s.vector_step * 16);
-      if (vector * 16 >= s.part) vector -= s.part / 16, at -= unsigned(s.part), ++to;
-      offer(load_shared<Words>(at));
+      for (int i = 0; i < s.passes; ++i) {
+        if (to < plan.blocks) send(at, load_shared<Words>(at), unsigned(to), done);
+        to += stage[q].step, left -= s.vector_step * 16, at += unsigned(s.vector_step * 16);
+        if (left <= 0) left += s.part, at -= unsigned(s.part), ++to;
+      }
     }
   }
 #endif
@@ -78,18 +109,32 @@ struct ClusterExchange {
 
 // Every step has memory of its own, filled with `not_given` before the launch. What is given is never that, so that a block
 // sees by the values whether they are there: one way through the cache less than by a flag.
+template <bool pins>
 struct GridExchange {
   static constexpr Exchange kind = Exchange::grid;
   const PersistentPlan& plan;
-  const int rank;
+  const int rank, slice;
   const SharedAddress shared;
-  const int slice;
   unsigned char* const workspace;  // [step][slice]
+  struct {
+    SharedAddress operand, staging;
+    int part, all;  // bytes: what a block gives; what it gets
+  } stage[max_phases];
 
-  __device__ __forceinline__ SharedAddress operand(int q, int) const { return shared + unsigned(plan.stage[q].operand); }
-  __device__ __forceinline__ SharedAddress part(int q, int) const {
-    return shared + unsigned(plan.staging + q * plan.staging_stage - rank * plan.stage[q].part);
+  __device__ __forceinline__ GridExchange(const PersistentPlan& plan, int rank, SharedAddress shared, int phases, int slice,
+                                          unsigned char* workspace)
+      : plan(plan), rank(rank), slice(slice), shared(shared), workspace(workspace) {
+#pragma unroll
+    for (int q = 0; q < max_phases; ++q) {
+      if (q >= phases) continue;
+      const Stage& s = plan.stage[q];
+      stage[q] = {shared + unsigned(constant<pins>(s.operand)),
+                  shared + unsigned(constant<pins>(plan.staging + q * plan.staging_stage)), constant<pins>(s.part),
+                  constant<pins>(plan.blocks * s.part)};
+    }
   }
+  __device__ __forceinline__ SharedAddress operand(int q, int) const { return stage[q].operand; }
+  __device__ __forceinline__ SharedAddress part(int q, int) const { return stage[q].staging - unsigned(rank * stage[q].part); }
   template <class T>
   static __device__ __forceinline__ T clean(T value) {  // NaN for NaN
     return not_a_sign_of_absence(value);
@@ -102,10 +147,9 @@ struct GridExchange {
   template <int batch>  // loads of a thread in flight
   __device__ __forceinline__ void wait(int q, int k) const {
     constexpr int stride = persistent_threads * 16;
-    const int bytes = plan.blocks * plan.stage[q].part;
     const unsigned char* from = handed(q, k) + threadIdx.x * 16;
     SharedAddress to = operand(q, k) + threadIdx.x * 16;
-    for (int left = bytes - int(threadIdx.x) * 16; left > 0;
+    for (int left = stage[q].all - int(threadIdx.x) * 16; left > 0;
          left -= batch * stride, from += batch * stride, to += batch * stride) {
       Words w[batch];
 #pragma unroll
@@ -123,12 +167,12 @@ struct GridExchange {
     }
     sync_block();
   }
-  __device__ __forceinline__ void give(int q, int k, int, int) const {
+  __device__ __forceinline__ void give(int q, int k) const {
     sync_block();
-    const int bytes = plan.stage[q].part;
+    const int bytes = stage[q].part;
     unsigned char* to = handed(q, k) + rank * bytes;
     for (int at = int(threadIdx.x) * 16; at < bytes; at += persistent_threads * 16)
-      store_given(to + at, load_shared<Words>(shared + unsigned(plan.staging + q * plan.staging_stage + at)));
+      store_given(to + at, load_shared<Words>(stage[q].staging + unsigned(at)));
   }
 };
 

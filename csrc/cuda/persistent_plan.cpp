@@ -62,8 +62,9 @@ PersistentPlan persistent_plan(const CellInfo& cell, int size, bool backward, in
   } else if (int64_t(p.blocks) * p.slices * at_once > machine.cooperative) {
     return refuse("the blocks of all slices are not resident at once");
   }
-  p.places = columns == 1 ? 1 : round_up(columns, 8);
-  p.cells = p.units / lane_units * (p.places == 1 ? 1 : p.places / 4);
+  p.places = columns == 1 ? 1 : columns <= 4 && (size == 2 || tf32) ? 4 : round_up(columns, 8);
+  p.cells = p.units / lane_units * (p.places < 8 ? 1 : p.places / 4);
+  p.tile_cells = p.places < 8 ? 2 * p.cells : p.cells;
   if (p.cells > persistent_pairs * persistent_warps) return refuse("a thread would have too many units");
 
   int64_t shared = 0, step = 0;
@@ -74,7 +75,7 @@ PersistentPlan persistent_plan(const CellInfo& cell, int size, bool backward, in
     return at;
   };
   const bool grid = exchange == Exchange::grid;
-  p.barriers = int(take(shared, 2 * max_phases * 8));
+  take(shared, 2 * max_phases * 8);  // barriers
   for (int q = 0; q < cell.phases; ++q) {
     Stage& s = p.stage[q];
     s.slots = backward ? cell.recurrent[q].count : 1, s.results = backward ? 1 : cell.recurrent[q].count;
@@ -83,7 +84,7 @@ PersistentPlan persistent_plan(const CellInfo& cell, int size, bool backward, in
     if (s.row_warps > persistent_warps) return refuse("a block would have too many rows of the weights");
     s.depth_warps = persistent_warps / s.row_warps;
     s.part = s.slots * p.units * p.places * size;
-    s.arriving = (p.blocks - 1) * s.part;
+    s.arriving = p.blocks * s.part;
     const int vectors = s.part / 16;
     s.passes = int(ceil_div(int64_t(vectors) * p.blocks, persistent_threads));
     s.vector_step = persistent_threads % vectors, s.block_step = persistent_threads / vectors;
@@ -96,16 +97,16 @@ PersistentPlan persistent_plan(const CellInfo& cell, int size, bool backward, in
               more = std::max(0, s.warp_chunks - words_in_registers(size, backward, exchange, cell.phases, q) / words);
     s.weights = int(take(shared, int64_t(more) * words * s.row_warps * s.depth_warps * 32 * 16));
     const int floats = s.results == 3 ? 4 : s.results;
-    tile = std::max<int64_t>(tile, int64_t(s.depth_warps) * p.cells * 32 * floats * 4);
+    tile = std::max<int64_t>(tile, int64_t(s.depth_warps) * p.tile_cells * 32 * floats * 4);
     p.staging_stage = std::max(p.staging_stage, grid ? round_up(s.part, 128) : 0);
   }
   p.tile = int(take(shared, tile));
   p.staging = int(take(shared, int64_t(p.staging_stage) * cell.phases));
-  const int rounds = int(ceil_div(p.cells, persistent_warps));  // pairs of a thread
-  p.input = int(take(shared, backward ? 0 : int64_t(rounds) * persistent_threads * cell.input.count * 4));
+  static_assert(persistent_pairs == 2, "as many inputs wait for a thread: of its pairs, or of two steps");
+  p.input = int(take(shared, backward ? 0 : int64_t(2) * persistent_threads * cell.input.count * 4));
   p.step_bytes = grid ? int(step) : 0;
   if (shared > machine.shared_per_block) return refuse("the weights do not fit on chip");
-  p.shared_bytes = int(shared);
+  p.shared_bytes = int(std::max<int64_t>(shared, persistent_threads * 4));  // see constant()
 
   double clocks = 0;
   for (int q = 0; q < cell.phases; ++q) clocks += clocks_of(p, p.stage[q], backward, cell.phases, q, size);
@@ -129,10 +130,11 @@ PersistentPlan persistent_plan(const CellInfo& cell, int size, bool backward, in
     if (!p.reason && (best.reason || p.estimated_us < best.estimated_us)) best = p;
   };
   for (int blocks = 1; blocks <= machine.max_cluster; blocks *= 2)
-    for (int columns = 8; columns <= 16; columns += 8)
+    for (int columns : {4, 8, 16})
       if (int64_t(blocks - 1) * 8 < H) consider(Exchange::cluster, blocks, int(std::min<int64_t>(columns, batch)));
-  for (int slices = 1; slices <= machine.processors && slices <= ceil_div(batch, 8); ++slices) {
-    const int columns = int(std::min<int64_t>(round_up(ceil_div(batch, slices), 8), batch));
+  for (int slices = 1; slices <= machine.processors && slices <= ceil_div(batch, 4); ++slices) {
+    const int64_t each = ceil_div(batch, slices);
+    const int columns = int(std::min<int64_t>(each <= 4 ? 4 : round_up(each, 8), batch));
     for (int units = 8; units * columns <= persistent_pairs * persistent_threads && units < H + 8; units += 8)
       consider(Exchange::grid, int(ceil_div(H, units)), columns);
   }

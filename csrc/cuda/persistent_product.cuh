@@ -6,9 +6,11 @@
 
 namespace fusedrnn::cuda {
 
-// Where 16 bytes of k of a sequence lie in 8 such of 8 sequences, when they are the v-th of their sequence. Eight lanes
-// that load from four neighbours in k and from two sequences meet in no bank.
-FUSEDRNN_HD_INLINE int turned(int sequence, int v) { return (sequence + 2 * v) & 7; }
+// Where the v-th 16 bytes of k of a sequence lie among those of up to 8 sequences: turned, so that eight lanes that load from
+// four neighbours in k and from two sequences meet in no bank.
+FUSEDRNN_HD_INLINE int turned(int sequence, int v, int places) {
+  return places >= 8 ? (sequence + 2 * v) & 7 : places == 4 ? (sequence + v) & 3 : 0;
+}
 
 // The products of `tiles` times 16 rows and 8 sequences that one warp sums, of factors of type Number. In a chunk of k,
 // lane (g, q) = (lane / 4, lane % 4) has the q-th 16 bytes of each half tile's row g of the weights and, on tensor cores,
@@ -19,9 +21,9 @@ struct Product {
   using Operand = Words;
   float d[tiles][2][4] = {};  // two chains of sums for each tile: one alone would wait for itself
 
-  // at: the q-th 16 bytes of the first sequence; `single`, where there is no other.
-  static __device__ __forceinline__ Operand load(SharedAddress at, int g, int q, bool single) {
-    return load_shared<Words>(at + unsigned(single ? 0 : turned(g, q) * 16));
+  // at: the q-th 16 bytes of the first sequence; turn: from there to sequence g, below 0 where there is none.
+  static __device__ __forceinline__ void load(Operand& b, SharedAddress at, int turn, int) {
+    load_shared_if(turn >= 0, at + unsigned(turn), b);
   }
   // weights(x): of half tile x
   template <class Weights>
@@ -50,11 +52,9 @@ struct Product<float, tiles> {
   };
   float d[2 * tiles][8] = {};
 
-  static __device__ __forceinline__ Operand load(SharedAddress at, int, int q, bool) {
-    Operand b;
+  static __device__ __forceinline__ void load(Operand& b, SharedAddress at, int, int q) {
 #pragma unroll
-    for (int n = 0; n < 8; ++n) b.of[n] = load_shared<Words>(at + unsigned(turned(n, q) * 16));
-    return b;
+    for (int n = 0; n < 8; ++n) b.of[n] = load_shared<Words>(at + unsigned(turned(n, q, 8) * 16));
   }
   template <class Weights>
   __device__ __forceinline__ void add(Weights weights, const Operand& b) {
@@ -92,7 +92,7 @@ struct Product<OneSequence, tiles> {
   using Operand = Words;
   float d[2 * tiles] = {};
 
-  static __device__ __forceinline__ Operand load(SharedAddress at, int, int, bool) { return load_shared<Words>(at); }
+  static __device__ __forceinline__ void load(Operand& b, SharedAddress at, int, int) { b = load_shared<Words>(at); }
   template <class Weights>
   __device__ __forceinline__ void add(Weights weights, const Operand& b) {
 #pragma unroll

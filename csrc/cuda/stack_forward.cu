@@ -127,15 +127,17 @@ class ForwardPass {
       w_.project_input(own.input + (rows.first - base) * width, x + rows.first * I, rows.count, w_ih, I, stream);
       a.input = own.input - base * width;  // it is indexed by the row
     };
-    const auto recur = [&](int64_t begin, int64_t end) {
+    const auto recur = [&](int64_t begin, int64_t end, typename Work<T>::Workspace room = {}) {
       a.begin = int(begin), a.end = int(end);
-      w_.run_layer(a, false, on);
+      w_.run_layer(a, false, on, room);
     };
     if (own.chunk == steps && w_.projects_beside(I)) {
       const int64_t head = steps / 4;
       project(0, head, 0, on);
+      typename Work<T>::Workspace room;
+      w_.prepare(room, head, on);
       Fork beside(call_.device, on, 2);
-      recur(0, head);  // launched first: as a rule it then finds its multiprocessors free
+      recur(0, head, std::move(room));  // launched first: as a rule it then finds its multiprocessors free
       project(head, steps, 0, beside.of(1));
       beside.join();
       recur(head, steps);

@@ -186,37 +186,59 @@ struct Work {
     return spec.D == 1 && packed && worth_a_launch(dtype_of<T>, options.tf32, steps, operations) &&
            leaves_room(plan_layer(false), machine_of(device));
   }
+  // What a grid's blocks hand one another in, if there is memory for it.
+  struct Workspace {
+    Arena arena;
+    void* data = nullptr;
+    int64_t bytes = 0;  // filled
+  };
+  bool prepare(Workspace& room, const PersistentPlan& plan, int64_t steps, cudaStream_t on) const {
+    const int64_t bytes = plan.workspace_bytes(steps);
+    if (bytes <= room.bytes) return true;
+    room = {};
+    room.arena.want_bytes(&room.data, bytes);
+    try {
+      room.arena.allocate(device, on);
+    } catch (const OutOfMemory&) {
+      return false;
+    }
+    FUSEDRNN_CUDA(cudaMemsetAsync(room.data, workspace_fill, size_t(bytes), on));
+    room.bytes = bytes;
+    return true;
+  }
+  // Before something starts beside a layer's forward pass of so many steps, which then can start too.
+  void prepare(Workspace& room, int64_t steps, cudaStream_t on) const {
+    const LayerPlan plan = plan_layer(false);
+    if (plan.path == Path::persistent) prepare(room, plan.persistent, steps, on);
+  }
   template <class Args>
   void run_layer(const Args& args, bool backward, cudaStream_t on) const {
+    Workspace room;
+    run_layer(args, backward, on, room);
+  }
+  template <class Args>
+  void run_layer(const Args& args, bool backward, cudaStream_t on, Workspace& room) const {
     for (;;) {
       const LayerPlan plan = plan_layer(backward);
       if (traces())
         fprintf(stderr, "fusedrnn: %s %s on cuda:%d: T=%lld B=%lld H=%lld %s: %s\n", backward ? "backward" : "forward",
                 cell.name, device, (long long)T_, (long long)B, (long long)H, name_of(dtype_of<T>), describe(plan).c_str());
       if (plan.path == Path::per_step) return run_steps<T>(spec.cell, args, options.tf32, device, on);
-      if (run_persistent(plan.persistent, args, on)) return;
+      if (run_persistent(plan.persistent, args, on, room)) return;
       set_refused(device, plan.persistent.exchange == Exchange::grid ? 0 : plan.persistent.blocks);
     }
   }
   template <class Args>
-  bool run_persistent(const PersistentPlan& plan, const Args& args, cudaStream_t on) const {
+  bool run_persistent(const PersistentPlan& plan, const Args& args, cudaStream_t on, Workspace& room) const {
     if constexpr (std::is_same_v<T, double>) {
       return false;
     } else {
-      Arena arena;
-      void* workspace = nullptr;
-      if (plan.workspace_bytes(args.steps()) > 0) {
-        arena.want_bytes(&workspace, plan.workspace_bytes(args.steps()));
-        try {
-          arena.allocate(device, on);
-        } catch (const OutOfMemory&) {
-          return run_steps<T>(spec.cell, args, options.tf32, device, on), true;  // which needs none
-        }
-      }
+      if (!prepare(room, plan, args.steps(), on))
+        return run_steps<T>(spec.cell, args, options.tf32, device, on), true;  // which needs none
       if constexpr (std::is_same_v<Args, ForwardArgs<T>>)
-        return persistent_forward<T>(spec.cell, plan, args, workspace, on);
+        return persistent_forward<T>(spec.cell, plan, args, room.data, on);
       else
-        return persistent_backward<T>(spec.cell, plan, args, workspace, on);
+        return persistent_backward<T>(spec.cell, plan, args, room.data, on);
     }
   }
   // Adds the checksums of x and of the weights to sums[0] and sums[1].

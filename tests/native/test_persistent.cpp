@@ -164,10 +164,11 @@ class Layer {
   // y (T, B, H) and the final states. False where there is no plan.
   Arrays<double> forward(bool training, int cut = 0) {
     const PersistentPlan how = plan(false);
-    std::vector<unsigned char> workspace(how.workspace_bytes(steps_), 0x55);
+    std::vector<unsigned char> workspace(how.workspace_bytes(steps_));
     cuda::ForwardArgs<T> a = forward_args(training);
     for (a.begin = 0; a.begin < steps_; a.begin = a.end) {
       a.end = a.begin < cut ? cut : steps_;
+      std::fill(workspace.begin(), workspace.end(), cuda::workspace_fill);
       check(cuda::persistent_forward<T>(c_.shape.cell, how, a, workspace.data(), nullptr), c_.name() + ": is launched");
     }
     const Shape& s = p_.shape;
@@ -195,7 +196,7 @@ class Layer {
   // The gradients of p.inputs(), from those of the slots.
   Arrays<double> backward() {
     const PersistentPlan how = plan(true);
-    std::vector<unsigned char> workspace(how.workspace_bytes(steps_), 0x55);
+    std::vector<unsigned char> workspace(how.workspace_bytes(steps_));
     const Shape& s = p_.shape;
     const T mark = cuda::narrow<T>(float(unwritten));
     cuda::BackwardArgs<T> a{};
@@ -222,6 +223,7 @@ class Layer {
     }
     gates_.assign(rows_ * info_.slots * H_, mark);
     a.gates = gates_.data();
+    std::fill(workspace.begin(), workspace.end(), cuda::workspace_fill);
     check(cuda::persistent_backward<T>(c_.shape.cell, how, a, workspace.data(), nullptr), c_.name() + ": is launched");
     return gradients(dstate);
   }
@@ -356,6 +358,10 @@ void check_groups() {
   for (const Exchange exchange : {Exchange::cluster, Exchange::grid}) {
     check_case<float>({{0, 3, 5, 3, 40}, exchange, 2, 1});
     check_case<float>({{1, 3, 5, 3, 40}, exchange, 2, 3});
+    check_case<__half>({{1, 3, 5, 3, 72}, exchange, 2, 3});
+    check_case<__nv_bfloat16>({{0, 3, 7, 3, 128}, exchange, 4, 4});
+    check_case<__nv_bfloat16>({{2, 4, 6, 3, 64}, exchange, 2, 4});
+    check_case<float>({{0, 3, 4, 3, 40}, exchange, 2, 4, true});
     check_case<__half>({{2, 3, 5, 3, 40}, exchange, 2, 1});
     check_case<float>({{3, 3, 13, 3, 32}, exchange, 1, 11, true});
   }

@@ -64,6 +64,9 @@ inline V load_shared(SharedAddress at) {
   memcpy(&v, emulated::current->block->shared + at, sizeof v);
   return v;
 }
+inline void load_shared_if(bool wanted, SharedAddress at, Words& w) {
+  if (wanted) w = load_shared<Words>(at);
+}
 template <class V>
 inline void store_shared(SharedAddress at, V v) {
   memcpy(emulated::current->block->shared + at, &v, sizeof v);
@@ -72,8 +75,11 @@ template <int bytes>
 inline void copy_async(SharedAddress to, const void* from) {
   memcpy(emulated::current->block->shared + to, from, bytes);
 }
+inline void copy_async_commit() {}
+template <int pending>
 inline void copy_async_wait() {}
 inline int kept(int x) { return x; }
+inline int pinned(int x, SharedAddress) { return x; }
 inline float pick(bool first, float a, float b) { return first ? a : b; }
 inline Words load_given(const void* p) { return *static_cast<const Words*>(p); }
 inline void store_given(void* p, Words v) { *static_cast<Words*>(p) = v; }
