@@ -139,18 +139,18 @@ struct Persistent {
 
   // 16 bytes of the weights: of a slot of a unit of this block, from element k of the operand on; 0 where there is no such
   // unit.
-  template <int q>
+  template <int q, bool direct>
   __device__ __forceinline__ Words weights(int slot, int unit, int k) const {
-    const Stage& s = plan.stage[q];
-    const int H = f.H, units = plan.units, v = k / vector, part = v % s.slots, from = v / s.slots * vector;  // slot, unit of k
+    constexpr int slots = backward ? Cell::recurrent[q].count : 1;
+    const int H = f.H, units = plan.units, v = k / vector, part = v % slots, from = v / slots * vector;  // slot, unit of k
     Words words = no_words();
     if (unit >= units || first_unit + unit >= H || from >= H) return words;
     const T* w;
     if constexpr (backward)
-      w = a.w_hh_t[q] + (int64_t(first_unit + unit) * Cell::recurrent[q].count + part) * H + from;
+      w = a.w_hh_t[q] + (int64_t(first_unit + unit) * slots + part) * H + from;
     else
       w = f.w_hh + (int64_t(gates_of_slots >> 4 * (Cell::recurrent[q].first + slot) & 15) * H + first_unit + unit) * H + from;
-    if (from + vector <= H && uint64_t(w) % 16 == 0) {
+    if constexpr (direct) {
       words = *reinterpret_cast<const Words*>(w);
     } else {
       // Elements come in at the upper end and push one another down: less to compile, 32 times, than a place for each.
@@ -176,6 +176,18 @@ struct Persistent {
   }
   template <int q, bool wide>
   __device__ __forceinline__ void load_weights() {
+    const T* base;
+    if constexpr (backward)
+      base = a.w_hh_t[q];
+    else
+      base = f.w_hh;
+    if (f.H % vector == 0 && uint64_t(base) % 16 == 0)  // once: a branch for each would wait for each
+      load_weights<q, wide, true>();
+    else
+      load_weights<q, wide, false>();
+  }
+  template <int q, bool wide, bool direct>
+  __device__ __forceinline__ void load_weights() {
     constexpr int groups = groups_of(results<q>, wide), words = 2 * tiles_of(results<q>, wide);
     constexpr int chunks = held_words<q> / words;
     const Stage& s = plan.stage[q];
@@ -183,7 +195,7 @@ struct Persistent {
     const auto load = [&](int i, int x) {
       const int unit = (warp % s.row_warps * groups + x % groups) * lane_units + g;
       const int k = (warp / s.row_warps * s.warp_chunks + i) * chunk + quarter * vector;
-      return p.groups > 0 && i < p.chunks ? weights<q>(x / groups, unit, k) : no_words();
+      return p.groups > 0 && i < p.chunks ? weights<q, direct>(x / groups, unit, k) : no_words();
     };
 #pragma unroll
     for (int i = 0; i < chunks; ++i)

@@ -7,14 +7,14 @@ namespace fusedrnn::cuda {
 
 namespace {
 
-// Cycles of a step, fitted to the times of all plans of 120 layers on an H200 (bench/native/cuda_steps.cpp): the plan that
-// takes least by this sum takes 0.3 % more than the fastest, on the average.
+// Cycles of a step, fitted to the times of all plans of 180 layers on an H200 (bench/native/cuda_steps.cpp): the plan that
+// takes least by this sum takes 1.1 % more than the fastest, on the average.
 constexpr double clock_per_us = 1800;
-constexpr double step_clocks = 1530, more_pairs_clocks = 1160;  // sums, cell, barriers, stores; for a thread's further pairs
-constexpr double products_per_clock = 820, tf32_products_per_clock = 410, fma_per_clock = 82;  // of a multiprocessor
-constexpr double weights_per_clock = 175, operand_per_clock = 500;  // bytes of shared memory, beside the products
-constexpr double cluster_clocks = 430, cluster_bytes_per_clock = 19;  // an exchange, and what comes into a block
-constexpr double grid_clocks = 960, grid_bytes_per_clock = 17.5;
+constexpr double step_clocks = 1310, more_pairs_clocks = 950;  // all but the rest; for a thread's further pairs
+constexpr double products_per_clock = 1160, tf32_products_per_clock = 350, fma_per_clock = 85;  // of a multiprocessor
+constexpr double weights_per_clock = 188, operand_per_clock = 48;  // bytes of shared memory, beside the products
+constexpr double cluster_bytes_per_clock = 26;                     // that come into a block
+constexpr double grid_clocks = 905, grid_bytes_per_clock = 30, grid_all_bytes_per_clock = 13200;  // the last: into all blocks
 
 int round_up(int64_t n, int to) { return int(ceil_div(n, to) * to); }
 
@@ -40,9 +40,9 @@ double clocks_of(const PersistentPlan& p, const Stage& s, bool backward, int pha
   const double product =
       rows * k * columns / (rate * warps / persistent_warps) + weights / weights_per_clock + operand / operand_per_clock;
   const double bytes = double(s.part) * p.blocks;  // into a block
-  const double exchange = p.exchange == Exchange::grid ? grid_clocks + bytes / grid_bytes_per_clock
-                          : p.blocks > 1               ? cluster_clocks + bytes / cluster_bytes_per_clock
-                                                       : 0;
+  const double exchange = p.exchange == Exchange::grid ? grid_clocks + bytes / grid_bytes_per_clock +
+                                                             bytes * p.blocks * p.slices / grid_all_bytes_per_clock
+                                                       : bytes / cluster_bytes_per_clock;
   return step_clocks + (ceil_div(p.cells, persistent_warps) - 1) * more_pairs_clocks + product + exchange;
 }
 

@@ -25,7 +25,7 @@ void set_beside_override(bool on) { forced_beside = on; }
 
 bool worth_a_launch(DType dtype, bool tf32, int64_t steps, double operations) {
   const double rate = size_of(dtype) == 2 ? 5e14 : tf32 ? 2e14 : 4e13;  // of a whole card, a second
-  return steps >= 4 && (forced_beside || operations / rate > 50e-6);
+  return steps >= 4 && (forced_beside || operations / rate > 20e-6);
 }
 
 bool leaves_room(const LayerPlan& plan, const Machine& machine) {
