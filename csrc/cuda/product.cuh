@@ -19,12 +19,15 @@ constexpr bool on_tensor_cores = !std::is_same_v<Number, float> && !std::is_same
 template <class Number>
 constexpr int product_tiles = on_tensor_cores<Number> ? 4 : 2;
 
-// n values from p on of which `left` exist, as one load of 16 bytes where that is allowed. A null p has none.
-template <class T, int n>
+// n values from p on of which `left` exist. A null p has none. `direct`: p is aligned, and n divides what is left.
+template <bool direct, class T, int n>
 __device__ __forceinline__ void load_row(T (&to)[n], const T* p, int left) {
   static_assert(n * sizeof(T) == 16, "one load");
-  if (p && left >= n && reinterpret_cast<uintptr_t>(p) % 16 == 0) {
+  if (direct && p && left > 0) {
     load_16_bytes(to, p);
+  } else if (direct) {
+#pragma unroll
+    for (int i = 0; i < n; ++i) to[i] = narrow<T>(0);
   } else {
 #pragma unroll
     for (int i = 0; i < n; ++i) to[i] = p && i < left ? p[i] : narrow<T>(0);
@@ -41,68 +44,107 @@ __device__ __forceinline__ Words words(const T (&from)[n]) {
   return to;
 }
 
+// What a thread multiplies at a time: n values of k of each of its rows, a, and of each of its units of every gate, b.
+template <class Number, class T, int count, int tiles>
+struct Factors {
+  static constexpr int n = 16 / int(sizeof(T)), units = on_tensor_cores<Number> ? 1 : 2;
+  alignas(16) T a[tiles][2][n], b[count][units][n];
+};
+
+// sum += a b. Without tensor cores thread t has units 2 t and 2 t + 1; these want unit g from lane 4 g + t, and the order of
+// the terms within their chunk is ours to choose: two mma take n from each of four neighbours.
+template <class Number, class T, int count, int tiles>
+__device__ __forceinline__ void add_product(Accumulate<T> (&sum)[tiles][count][4], const Factors<Number, T, count, tiles>& f,
+                                            int used) {
+#pragma unroll
+  for (int m = 0; m < tiles; ++m) {
+    if (m >= used) break;
+    if constexpr (on_tensor_cores<Number>) {
+      const Words low = words<Number>(f.a[m][0]), high = words<Number>(f.a[m][1]);
+#pragma unroll
+      for (int i = 0; i < count; ++i) {
+        const Words w = words<Number>(f.b[i][0]);
+        mma(Number{}, sum[m][i], low.w[0], high.w[0], low.w[1], high.w[1], w.w[0], w.w[1]);
+        mma(Number{}, sum[m][i], low.w[2], high.w[2], low.w[3], high.w[3], w.w[2], w.w[3]);
+      }
+    } else {
+#pragma unroll
+      for (int l = 0; l < f.n; ++l)
+#pragma unroll
+        for (int i = 0; i < count; ++i)
+#pragma unroll
+          for (int e = 0; e < 4; ++e) sum[m][i][e] = scalar::fma(f.a[m][e / 2][l], f.b[i][e % 2][l], sum[m][i][e]);
+    }
+  }
+}
+
+// What comes next is on its way while something is multiplied.
+template <bool direct, class Number, class T, int count, int tiles, int units_of_gate>
+__device__ __forceinline__ void multiply(Accumulate<T> (&sum)[tiles][count][4], const T* const (&rows)[tiles][2],
+                                         const T* const (&units)[count][units_of_gate], int K, int used,
+                                         Factors<Number, T, count, tiles>) {
+  using F = Factors<Number, T, count, tiles>;
+  constexpr bool tensor = on_tensor_cores<Number>;
+  constexpr int n = F::n, chunk = tensor ? 4 * n : product_chunk, turns_of_chunk = tensor ? 1 : product_chunk / n;
+  const auto load = [&](F& f, int turn) {
+    const int part = tensor ? lane_of_thread() % 4 : turn % turns_of_chunk;
+    const int k = (turn / turns_of_chunk * product_warps + warp_of_thread()) * chunk + part * n;
+#pragma unroll
+    for (int i = 0; i < count; ++i)
+#pragma unroll
+      for (int e = 0; e < units_of_gate; ++e) load_row<direct>(f.b[i][e], units[i][e] ? units[i][e] + k : nullptr, K - k);
+#pragma unroll
+    for (int m = 0; m < tiles; ++m) {
+      if (m >= used) break;
+#pragma unroll
+      for (int r = 0; r < 2; ++r) load_row<direct>(f.a[m][r], rows[m][r] ? rows[m][r] + k : nullptr, K - k);
+    }
+  };
+  const int turns = (K + product_warps * chunk - 1) / (product_warps * chunk) * turns_of_chunk;
+  F f[2] = {};
+  load(f[0], 0);
+#pragma unroll 1
+  for (int turn = 0; turn < turns; turn += 2) {
+    if (turn + 1 < turns) load(f[1], turn + 1);
+    add_product(sum, f[0], used);
+    if (turn + 1 >= turns) break;
+    if (turn + 2 < turns) load(f[0], turn + 2);
+    add_product(sum, f[1], used);
+  }
+}
+
 // sum[m][i] += the 16 x 8 products, of factors rounded to Number, of rows 16 m + (0..15) with units 0..7 of gate i,
 // over this warp's terms k < K. A thread holds rows g and g + 8 and units 2 t and 2 t + 1 of each, where lane = 4 g +
 // t: the layout of mma.m16n8. a(row) and b(gate, unit) point to K values side by side, or are null for zeros; tiles
 // from `used` on are left out.
 template <class T, class Number, int count, int tiles, class A, class B>
 __device__ __forceinline__ void multiply(Accumulate<T> (&sum)[tiles][count][4], A a, B b, int K, int used) {
+  using F = Factors<Number, T, count, tiles>;
+  constexpr bool tensor = on_tensor_cores<Number>;
   const int lane = lane_of_thread(), g = lane / 4, t = lane % 4;
-  constexpr int n = 16 / int(sizeof(T));
-  const T* rows[tiles][2];
+  const T *rows[tiles][2], *units[count][F::units];
 #pragma unroll
   for (int m = 0; m < tiles; ++m) rows[m][0] = a(16 * m + g), rows[m][1] = a(16 * m + g + 8);
-  if constexpr (on_tensor_cores<Number>) {
-    // The order of the terms within a chunk is ours to choose: thread t takes n t .. n t + n - 1 of 4 n, for two mma.
-    const T* units[count];
 #pragma unroll
-    for (int i = 0; i < count; ++i) units[i] = b(i, g);
-    for (int k = (warp_of_thread() * 4 + t) * n; k - n * t < K; k += product_warps * 4 * n) {
-      alignas(16) T bv[count][n];
+  for (int i = 0; i < count; ++i)
 #pragma unroll
-      for (int i = 0; i < count; ++i) load_row(bv[i], units[i] ? units[i] + k : nullptr, K - k);
+    for (int e = 0; e < F::units; ++e) units[i][e] = b(i, tensor ? g : 2 * t + e);
+  // For the whole warp, since its lanes multiply together.
+  unsigned misaligned = unsigned(K % F::n);
 #pragma unroll
-      for (int m = 0; m < tiles; ++m) {
-        if (m >= used) break;
-        alignas(16) T av[2][n];
+  for (int m = 0; m < tiles; ++m)
 #pragma unroll
-        for (int r = 0; r < 2; ++r) load_row(av[r], rows[m][r] ? rows[m][r] + k : nullptr, K - k);
-        const Words low = words<Number>(av[0]), high = words<Number>(av[1]);
+    for (int r = 0; r < 2; ++r) misaligned |= unsigned(reinterpret_cast<uintptr_t>(rows[m][r]) % 16);
 #pragma unroll
-        for (int i = 0; i < count; ++i) {
-          const Words w = words<Number>(bv[i]);
-          mma(Number{}, sum[m][i], low.w[0], high.w[0], low.w[1], high.w[1], w.w[0], w.w[1]);
-          mma(Number{}, sum[m][i], low.w[2], high.w[2], low.w[3], high.w[3], w.w[2], w.w[3]);
-        }
-      }
-    }
-  } else {
-    const T* units[count][2];
+  for (int i = 0; i < count; ++i)
 #pragma unroll
-    for (int i = 0; i < count; ++i) units[i][0] = b(i, 2 * t), units[i][1] = b(i, 2 * t + 1);
-    for (int chunk = warp_of_thread() * product_chunk; chunk < K; chunk += product_warps * product_chunk)
-#pragma unroll 1
-      for (int k = chunk; k < chunk + product_chunk && k < K; k += n) {
-        alignas(16) T bv[count][2][n];
+    for (int e = 0; e < F::units; ++e) misaligned |= unsigned(reinterpret_cast<uintptr_t>(units[i][e]) % 16);
 #pragma unroll
-        for (int i = 0; i < count; ++i)
-#pragma unroll
-          for (int e = 0; e < 2; ++e) load_row(bv[i][e], units[i][e] ? units[i][e] + k : nullptr, K - k);
-#pragma unroll
-        for (int m = 0; m < tiles; ++m) {
-          if (m >= used) break;
-          alignas(16) T av[2][n];
-#pragma unroll
-          for (int r = 0; r < 2; ++r) load_row(av[r], rows[m][r] ? rows[m][r] + k : nullptr, K - k);
-#pragma unroll
-          for (int l = 0; l < n; ++l)
-#pragma unroll
-            for (int i = 0; i < count; ++i)
-#pragma unroll
-              for (int e = 0; e < 4; ++e) sum[m][i][e] = scalar::fma(av[e / 2][l], bv[i][e % 2][l], sum[m][i][e]);
-        }
-      }
-  }
+  for (int mask = 16; mask > 0; mask /= 2) misaligned |= shuffle_xor(misaligned, mask);
+  if (misaligned == 0)
+    multiply<true>(sum, rows, units, K, used, F());
+  else
+    multiply<false>(sum, rows, units, K, used, F());
 }
 
 // Bytes of shared memory that product() wants.
