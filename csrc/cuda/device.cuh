@@ -50,6 +50,7 @@ __device__ __forceinline__ T* shared_memory() {
 }
 
 __device__ __forceinline__ void sync_block() { __syncthreads(); }
+__device__ __forceinline__ void sync_warp() { __syncwarp(); }
 __device__ __forceinline__ int lane_of_thread() { return int(threadIdx.x % 32); }
 __device__ __forceinline__ int warp_of_thread() { return int(threadIdx.x / 32); }
 

@@ -113,6 +113,74 @@ __device__ __forceinline__ void multiply(Accumulate<T> (&sum)[tiles][count][4], 
   }
 }
 
+// float32 without tensor cores: the factors of the next 16 k of a warp are on their way to shared memory while it multiplies
+// the last. From global memory itself, a load of 16 bytes from 8 rows takes the cache 8 cycles.
+template <class T, class Number>
+constexpr bool staged = std::is_same_v<T, float> && !on_tensor_cores<Number>;
+constexpr int staged_bytes = 64;  // of a row: 16 k
+template <int count, int tiles>
+constexpr int staged_rows = 16 * tiles + product_units * count;  // of a, then of b
+
+// Where 16 bytes lie: turned, so that 8 rows meet in no bank.
+FUSEDRNN_HD_INLINE int staged_at(int row, int part) { return row * staged_bytes + (part ^ (row / 2 & 3)) * 16; }
+
+// Row g + 8 r of tile m, and unit g of gate i, as in multiply().
+template <int count, int tiles>
+__device__ __forceinline__ void multiply_staged(float (&sum)[tiles][count][4], const float* const (&rows)[tiles][2],
+                                                const float* const (&units)[count][1], int K, int used) {
+  using F = Factors<float, float, count, tiles>;
+  constexpr int chunk = staged_bytes / 4, stage = staged_rows<count, tiles> * staged_bytes;
+  const int lane = lane_of_thread(), g = lane / 4, t = lane % 4;
+  const SharedAddress own = shared_address(shared_memory<unsigned char>()) + unsigned(warp_of_thread() * 2 * stage);
+  const auto fetch = [&](int turn) {
+    const int k = (turn * product_warps + warp_of_thread()) * chunk + t * F::n;
+    const SharedAddress to = own + unsigned(turn % 2 * stage);
+    const auto row = [&](int line, const float* p) {
+      const SharedAddress at = to + unsigned(staged_at(line, t));
+      if (p && k < K)
+        copy_async<16>(at, p + k);
+      else
+        store_shared(at, no_words());
+    };
+#pragma unroll
+    for (int m = 0; m < tiles; ++m)
+      if (m < used)
+#pragma unroll
+        for (int r = 0; r < 2; ++r) row(16 * m + 8 * r + g, rows[m][r]);
+#pragma unroll
+    for (int i = 0; i < count; ++i) row(16 * tiles + product_units * i + g, units[i][0]);
+  };
+  const int turns = (K + product_warps * chunk - 1) / (product_warps * chunk);
+  fetch(0);
+  copy_async_commit();
+#pragma unroll 1
+  for (int turn = 0; turn < turns; ++turn) {
+    if (turn + 1 < turns) fetch(turn + 1);
+    copy_async_commit();
+    copy_async_wait<1>();
+    sync_warp();
+    const SharedAddress from = own + unsigned(turn % 2 * stage);
+#pragma unroll
+    for (int part = 0; part < staged_bytes / 16; ++part) {
+      F f;
+      const auto load = [&](float (&to)[F::n], int line) {
+        const Words w = load_shared<Words>(from + unsigned(staged_at(line, part)));
+        memcpy(to, &w, sizeof to);
+      };
+#pragma unroll
+      for (int i = 0; i < count; ++i)
+#pragma unroll
+        for (int e = 0; e < 2; ++e) load(f.b[i][e], 16 * tiles + product_units * i + 2 * t + e);
+#pragma unroll
+      for (int m = 0; m < tiles; ++m)
+#pragma unroll
+        for (int r = 0; r < 2; ++r) load(f.a[m][r], 16 * m + 8 * r + g);
+      add_product(sum, f, used);
+    }
+    sync_warp();
+  }
+}
+
 // sum[m][i] += the 16 x 8 products, of factors rounded to Number, of rows 16 m + (0..15) with units 0..7 of gate i,
 // over this warp's terms k < K. A thread holds rows g and g + 8 and units 2 t and 2 t + 1 of each, where lane = 4 g +
 // t: the layout of mma.m16n8. a(row) and b(gate, unit) point to K values side by side, or are null for zeros; tiles
@@ -120,15 +188,12 @@ __device__ __forceinline__ void multiply(Accumulate<T> (&sum)[tiles][count][4], 
 template <class T, class Number, int count, int tiles, class A, class B>
 __device__ __forceinline__ void multiply(Accumulate<T> (&sum)[tiles][count][4], A a, B b, int K, int used) {
   using F = Factors<Number, T, count, tiles>;
-  constexpr bool tensor = on_tensor_cores<Number>;
   const int lane = lane_of_thread(), g = lane / 4, t = lane % 4;
-  const T *rows[tiles][2], *units[count][F::units];
+  const T *rows[tiles][2], *units[count][1];
 #pragma unroll
   for (int m = 0; m < tiles; ++m) rows[m][0] = a(16 * m + g), rows[m][1] = a(16 * m + g + 8);
 #pragma unroll
-  for (int i = 0; i < count; ++i)
-#pragma unroll
-    for (int e = 0; e < F::units; ++e) units[i][e] = b(i, tensor ? g : 2 * t + e);
+  for (int i = 0; i < count; ++i) units[i][0] = b(i, g);
   // For the whole warp, since its lanes multiply together.
   unsigned misaligned = unsigned(K % F::n);
 #pragma unroll
@@ -136,20 +201,32 @@ __device__ __forceinline__ void multiply(Accumulate<T> (&sum)[tiles][count][4], 
 #pragma unroll
     for (int r = 0; r < 2; ++r) misaligned |= unsigned(reinterpret_cast<uintptr_t>(rows[m][r]) % 16);
 #pragma unroll
-  for (int i = 0; i < count; ++i)
-#pragma unroll
-    for (int e = 0; e < F::units; ++e) misaligned |= unsigned(reinterpret_cast<uintptr_t>(units[i][e]) % 16);
+  for (int i = 0; i < count; ++i) misaligned |= unsigned(reinterpret_cast<uintptr_t>(units[i][0]) % 16);
 #pragma unroll
   for (int mask = 16; mask > 0; mask /= 2) misaligned |= shuffle_xor(misaligned, mask);
-  if (misaligned == 0)
-    multiply<true>(sum, rows, units, K, used, F());
-  else
-    multiply<false>(sum, rows, units, K, used, F());
+  if constexpr (on_tensor_cores<Number>) {
+    if (misaligned == 0)
+      multiply<true>(sum, rows, units, K, used, F());
+    else
+      multiply<false>(sum, rows, units, K, used, F());
+  } else {
+    if constexpr (staged<T, Number>)
+      if (misaligned == 0) return multiply_staged(sum, rows, units, K, used);
+    const T* pairs[count][2];
+#pragma unroll
+    for (int i = 0; i < count; ++i) pairs[i][0] = b(i, 2 * t), pairs[i][1] = b(i, 2 * t + 1);
+    multiply<false>(sum, rows, pairs, K, used, F());
+  }
 }
 
 // Bytes of shared memory that product() wants.
-template <class T, int count>
-constexpr size_t product_shared = size_t(product_warps) * count * product_threads * sizeof(Accumulate<T>);
+template <class T, class Number, int count>
+constexpr size_t product_shared = [] {
+  const size_t sums = size_t(product_warps) * count * product_threads * sizeof(Accumulate<T>);
+  const size_t factors =
+      staged<T, Number> ? size_t(product_warps) * 2 * staged_rows<count, product_tiles<Number>> * staged_bytes : 0;
+  return sums > factors ? sums : factors;
+}();
 
 // Calls then(row, unit, sums of the gates) for each of `rows` rows and each of the block's units; for all of the
 // block's threads to call. Rows whose a(row) is null get zeros.
@@ -161,6 +238,7 @@ __device__ __forceinline__ void product(A a, B b, int K, int rows, Then then) {
   using S = Accumulate<T>;
   S sum[tiles][count][4] = {};
   multiply<T, Number>(sum, a, b, K, (rows + 15) / 16);
+  if (staged<T, Number>) sync_block();  // the sums come where the factors were
   S* shared = shared_memory<S>();  // [warps][count][pair]
   const int lane = lane_of_thread(), warp = warp_of_thread(), thread = int(threadIdx.x);
 #pragma unroll

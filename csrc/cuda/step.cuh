@@ -165,12 +165,12 @@ StepKernels<T> step_kernels() {
   StepKernels<T> k{};
   k.tile_rows = 16 * product_tiles<Number>, k.units = product_units, k.threads = product_threads;
   k.forward[0] = forward_step<T, Number, Cell, 0>, k.backward[0] = backward_step<T, Number, Cell, 0>;
-  k.forward_shared[0] = product_shared<T, Cell::recurrent[0].count>;
+  k.forward_shared[0] = product_shared<T, Number, Cell::recurrent[0].count>;
   if constexpr (Cell::phases > 1) {
     k.forward[1] = forward_step<T, Number, Cell, 1>, k.backward[1] = backward_step<T, Number, Cell, 1>;
-    k.forward_shared[1] = product_shared<T, Cell::recurrent[1].count>;
+    k.forward_shared[1] = product_shared<T, Number, Cell::recurrent[1].count>;
   }
-  k.backward_shared = product_shared<T, 1>;
+  k.backward_shared = product_shared<T, Number, 1>;
   return k;
 }
 
