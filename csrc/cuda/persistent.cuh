@@ -75,15 +75,16 @@ struct Persistent {
   struct Pair {
     int unit, column;      // of the block; of the slice, below 0 where this lane has no pair
     int length;            // of the sequence; 0 where there is none
-    int row, next, after;  // packed rows of the step whose values were asked for and of the two that follow
+    int row, next,
+        after;  // packed rows of the step whose values were asked for and of the two that follow, where they are kept
     int place[phases];     // where it is in each stage's operand: 8 times the bytes, and its sequence, turned
     int lane;              // where it is in the tile, in lanes
   } pair[pairs];
   // What this warp multiplies in each stage.
   struct Part {
-    int groups, depth;    // of 8 units, how many of its own there are, 0: none; how many warps share such
+    int groups, depth;  // of 8 units, how many of its own there are, 0: none; how many warps share such
     int chunks, operand;  // of k; bytes: where its lane reads the first
-    SharedAddress sums;   // where the tile has those of the first group
+    SharedAddress sums;  // where the tile has those of the first group
   } part[phases];
   const SharedAddress tile = shared + unsigned(constant<simple>(plan.tile));
   const int tile_lanes = constant<simple>(plan.tile_cells * 32);  // from what one warp summed to what the next did
@@ -113,13 +114,13 @@ struct Persistent {
   template <int q>
   __device__ __forceinline__ void divide() {
     const Stage& s = plan.stage[q];
-    const int row = warp % s.row_warps, depth = warp / s.row_warps, columns = few ? 2 : places / 4;
+    const int row = warp % s.row_warps, depth = warp / s.row_warps, tile_columns = few ? 2 : places / 4;
     const int groups = groups_of(results<q>, s.wide), all = plan.units / lane_units, left = all - row * groups;
     const int first = depth * s.warp_chunks, more = s.chunks - first;
     Part& p = part[q];
     p.groups = step_constant(depth >= s.depth_warps ? 0 : left < groups ? left : groups);
     p.depth = constant<simple>(s.depth_warps);
-    p.sums = tile + unsigned(step_constant(((depth * plan.tile_cells + row * groups * columns) * 32 + lane) *
+    p.sums = tile + unsigned(step_constant(((depth * plan.tile_cells + row * groups * tile_columns) * 32 + lane) *
                                            int(sizeof(Sums<results<q>>))));
     p.chunks = step_constant(more < 0 ? 0 : more < s.warp_chunks ? more : s.warp_chunks);
     p.operand = step_constant(more <= 0 ? 0 : (first * 4 + quarter) * places * 16);
@@ -217,7 +218,7 @@ struct Persistent {
     constexpr int buffers = many && P::buffers > 2 ? 2 : P::buffers, ahead = buffers - 1;
     const Part& p = part[q];
     if (p.groups == 0) return;
-    const int next = chunk_bytes * places, columns = few ? 2 : places / 4;
+    const int next = chunk_bytes * places, tile_columns = few ? 2 : places / 4;
     SharedAddress at = exchange.operand(q, k) + unsigned(p.operand), to = p.sums;
     constexpr unsigned size = sizeof(Sums<count>);
     int c = 0;
@@ -258,7 +259,7 @@ struct Persistent {
           Sums<count> sums;
 #pragma unroll
           for (int i = 0; i < count; ++i) sums.of[i] = sum.at(i * groups + j, e);
-          store_shared(to + unsigned((j * columns + e) * 32) * size, sums);
+          store_shared(to + unsigned((j * tile_columns + e) * 32) * size, sums);
         }
       }
       c += 8, at += 8 * 16, to += 2 * 32 * size;
@@ -348,6 +349,7 @@ struct Persistent {
 
   // Weights, zeros where an operand or a part is read before it is written, barriers.
   __device__ __forceinline__ void start() {
+    if (simple) sync_block();  // shared memory has pinned the constants of all threads
     start<0>();
     if constexpr (phases > 1) start<1>();
     exchange.sync_group();
@@ -388,7 +390,7 @@ struct Persistent {
     return first_input + unsigned((simple ? k & 1 : p) * (persistent_threads * inputs * 4));
   }
 
-  // Asks for the input of step s, the k-th of this launch, whose row is known, and for the row of the next.
+  // Asks for the input of step s, the k-th of this launch; where a row takes a look at the schedule, also for the next one's.
   __device__ __forceinline__ void ask_forward(int s, int k) {
 #pragma unroll
     for (int p = 0; p < pairs; ++p) {

@@ -63,7 +63,7 @@ struct PersistentPlan {
   int places;           // sequences that the operand has room for: 1, 4 (only of tensor cores), or a multiple of 8
   int blocks, units;    // of a group; of a block, a multiple of 8
   Stage stage[max_phases];
-  int cells;                    // of 8 units and every other one of 8 sequences, one of each for a lane: see persistent.cuh
+  int cells;                    // of 8 units and every other one of 8 sequences, or all of up to 4: a pair for each lane
   int tile_cells;  // for which the tile has room: twice as many, where less than 8 sequences are multiplied as 8
   int tile, staging, input;  // bytes, in shared memory
   int shared_bytes;

@@ -80,7 +80,8 @@ struct ClusterExchange {
       barrier_expect(barrier(q, k), unsigned(plan.stage[q].arriving));  // of k + 2, which nobody gives before we give k + 1
   }
   // Neighbouring lanes store neighbouring 16 bytes to the same block: what goes to several at once takes longer. A block
-  // stores to itself too, what is there already: to leave it out would be a branch for each store.
+  // stores to itself too, what is there already (another thread may still read these bytes, which do not change): to leave it
+  // out would be a branch for each store.
   __device__ __forceinline__ void give(int q, int k) const {
     sync_block();
     const Stage& s = plan.stage[q];
@@ -109,6 +110,7 @@ struct ClusterExchange {
 
 // Every step has memory of its own, filled with `not_given` before the launch. What is given is never that, so that a block
 // sees by the values whether they are there: one way through the cache less than by a flag.
+static_assert(not_given == 0x01010101u * workspace_fill, "what a workspace is filled with");
 template <bool pins>
 struct GridExchange {
   static constexpr Exchange kind = Exchange::grid;

@@ -1,7 +1,6 @@
 // The products of the step kernels: a block computes 8 columns (hidden units) of `count` gates for some rows
-// (sequences). Its warps share the reduction, so that nothing but registers lies between a weight and its use; their
-// sums are then added in warp order. Which warp takes which terms follows from K alone, so neither the batch nor the
-// launch changes a bit.
+// (sequences). Its warps share the reduction; their sums are then added in warp order. Which warp takes which terms, and in
+// which order, follows from K alone, so neither the batch nor the launch nor where an array lies changes a bit.
 #pragma once
 
 #include "cuda/device_sm90.cuh"
@@ -9,7 +8,7 @@
 namespace fusedrnn::cuda {
 
 constexpr int product_units = 8, product_warps = 8, product_threads = 32 * product_warps;
-constexpr int product_chunk = 32;  // terms that a warp takes at a time, without tensor cores
+constexpr int product_chunk = 16;  // terms that a warp takes at a time, without tensor cores
 
 // Number is T, or Tf32 for a T of float32. Tensor cores multiply what is not float32 or float64 itself.
 template <class Number>
@@ -113,11 +112,11 @@ __device__ __forceinline__ void multiply(Accumulate<T> (&sum)[tiles][count][4], 
   }
 }
 
-// float32 without tensor cores: the factors of the next 16 k of a warp are on their way to shared memory while it multiplies
+// float32 without tensor cores, from aligned rows: the factors of a warp's next chunk of k are on their way to shared memory while it multiplies
 // the last. From global memory itself, a load of 16 bytes from 8 rows takes the cache 8 cycles.
 template <class T, class Number>
 constexpr bool staged = std::is_same_v<T, float> && !on_tensor_cores<Number>;
-constexpr int staged_bytes = 64;  // of a row: 16 k
+constexpr int staged_bytes = product_chunk * 4;  // of a row
 template <int count, int tiles>
 constexpr int staged_rows = 16 * tiles + product_units * count;  // of a, then of b
 

@@ -416,6 +416,9 @@ void check_refusals() {
   emulated::refuse(true, false);
   check_type(cuda::DType::float32, shape);
   check(runs(cuda::Exchange::grid), "refusals: as a grid where clusters are refused");
+  cuda::set_beside_override(true);  // a grid's memory is then filled before something starts beside it
+  check_type(cuda::DType::float32, {0, 9, 1, 3, 200});
+  cuda::set_beside_override(false);
   emulated::refuse(true, true);
   check_type(cuda::DType::float32, shape);
   for (bool backward : {false, true})

@@ -362,30 +362,43 @@ void check_groups() {
     check_case<__nv_bfloat16>({{0, 3, 7, 3, 128}, exchange, 4, 4});
     check_case<__nv_bfloat16>({{2, 4, 6, 3, 64}, exchange, 2, 4});
     check_case<float>({{0, 3, 4, 3, 40}, exchange, 2, 4, true});
+    check_case<__nv_bfloat16>({{1, 3, 4, 3, 72}, exchange, 1, 4});  // two pairs a thread
+    check_case<__nv_bfloat16>({{1, 1, 4, 3, 40}, exchange, 2, 4});
+    check_case<__half>({{0, 1, 9, 3, 24}, exchange, 1, 8});
     check_case<__half>({{2, 3, 5, 3, 40}, exchange, 2, 1});
     check_case<float>({{3, 3, 13, 3, 32}, exchange, 1, 11, true});
   }
 }
 
-// What is not a number stays with its sequence, whatever a block's padding held before.
+// What is not a number stays with its sequence, whatever a block's padding held before: forward from x, backward from dy.
+template <class T>
+void check_foreign_values(const Case& c) {
+  const int64_t ill = 2, B = c.shape.B;
+  const auto stays = [&](const std::vector<double>& v, int64_t width, const char* what) {
+    bool finite = true, found = false;
+    for (size_t i = 0; i < v.size(); ++i)
+      if (int64_t(i) / width % B == ill)
+        found = found || isnan(v[i]);
+      else
+        finite = finite && isfinite(v[i]);
+    check(found && finite, c.name() + " " + Type<T>::name + ": NaN stays with its sequence, " + what);
+  };
+  Problem<double> p(c.shape);
+  for (int64_t t = 0; t < c.shape.T; ++t)
+    for (int64_t u = 0; u < c.shape.H; ++u) p.dy[(t * B + ill) * c.shape.H + u] = NAN;
+  Layer<T> layer(c, p);
+  layer.forward(true);
+  stays(layer.backward()[0], c.shape.I, "backward");
+  for (int64_t u = 0; u < c.shape.I; ++u) p.x[ill * c.shape.I + u] = NAN;
+  stays(Layer<T>(c, p).forward(false)[0], c.shape.H, "forward");
+}
 void check_foreign_values() {
   for (int cell = 0; cell < cell_count; ++cell)
     for (const Exchange exchange : {Exchange::cluster, Exchange::grid}) {
-      const Case c{{cell, 4, 8, 3, 12}, exchange, 2, 8};
-      Problem<double> p(c.shape);
-      const int64_t ill = 2, width = c.shape.H;
-      for (int64_t t = 0; t < c.shape.T; ++t)
-        for (int64_t u = 0; u < width; ++u) p.dy[(t * c.shape.B + ill) * width + u] = NAN;
-      Layer<float> layer(c, p);
-      layer.forward(true);
-      const std::vector<double> dx = layer.backward()[0];
-      bool finite = true, found = false;
-      for (size_t i = 0; i < dx.size(); ++i)
-        if (int64_t(i) / c.shape.I % c.shape.B == ill)
-          found = found || isnan(dx[i]);
-        else
-          finite = finite && isfinite(dx[i]);
-      check(found && finite, c.name() + ": NaN stays with its sequence");
+      const Shape shape{cell, 4, 8, 3, 12};
+      check_foreign_values<float>({shape, exchange, 2, 8});
+      check_foreign_values<float>({shape, exchange, 2, 4, true});
+      for (const int columns : {1, 4, 8}) check_foreign_values<__nv_bfloat16>({shape, exchange, 2, columns});
     }
 }
 

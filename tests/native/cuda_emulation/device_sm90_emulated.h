@@ -73,13 +73,24 @@ inline void store_shared(SharedAddress at, V v) {
 }
 template <int bytes>
 inline void copy_async(SharedAddress to, const void* from) {
-  memcpy(emulated::current->block->shared + to, from, bytes);
+  emulated::Thread& thread = *emulated::current;
+  thread.copies.push_back({thread.block->shared + to, from, bytes, thread.commits});
 }
-inline void copy_async_commit() {}
+inline void copy_async_commit() { ++emulated::current->commits; }
 template <int pending>
-inline void copy_async_wait() {}
+inline void copy_async_wait() {
+  emulated::Thread& thread = *emulated::current;
+  auto copy = thread.copies.begin();
+  for (; copy != thread.copies.end() && copy->commit < thread.commits - pending; ++copy)
+    memcpy(copy->to, copy->from, size_t(copy->bytes));
+  thread.copies.erase(thread.copies.begin(), copy);
+}
 inline int kept(int x) { return x; }
-inline int pinned(int x, SharedAddress) { return x; }
+inline int pinned(int x, SharedAddress own) {
+  store_shared(own, x);
+  emulated::yield();
+  return load_shared<int>(own);
+}
 inline float pick(bool first, float a, float b) { return first ? a : b; }
 inline Words load_given(const void* p) { return *static_cast<const Words*>(p); }
 inline void store_given(void* p, Words v) { *static_cast<Words*>(p) = v; }

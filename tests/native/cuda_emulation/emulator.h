@@ -10,6 +10,7 @@
 #include <stdint.h>
 
 #include <functional>
+#include <vector>
 
 namespace emulated {
 
@@ -48,11 +49,20 @@ struct Block {
   Index index;
 };
 
+// What a thread copies without waiting comes when it waits, and not before.
+struct Copy {
+  unsigned char* to;
+  const void* from;
+  int bytes, commit;
+};
+
 struct Thread {
   Index index;
   int lane;
   Warp* warp;
   Block* block;
+  std::vector<Copy> copies{};
+  int commits = 0;
 };
 
 struct Configuration {
