@@ -75,8 +75,7 @@ struct Persistent {
   struct Pair {
     int unit, column;      // of the block; of the slice, below 0 where this lane has no pair
     int length;            // of the sequence; 0 where there is none
-    int row, next,
-        after;  // packed rows of the step whose values were asked for and of the two that follow, where they are kept
+    int row, next, after;  // packed rows: of the step whose values were asked for, of the two that follow, where kept
     int place[phases];     // where it is in each stage's operand: 8 times the bytes, and its sequence, turned
     int lane;              // where it is in the tile, in lanes
   } pair[pairs];
