@@ -95,7 +95,7 @@ class Layer {
         if (!ran) throw Error(cudaErrorNotSupported, "the driver refused it");
       });
     };
-    for (int blocks = 1; blocks <= machine.max_cluster; blocks *= 2)
+    for (int blocks = 2; blocks <= machine.max_cluster; blocks *= 2)
       for (int columns : {4, 8, 16}) plan(Exchange::cluster, blocks, std::min(columns, shape_.batch));
     for (int columns = 4; columns < shape_.batch + 8; columns *= 2)
       for (int units = 8; units < shape_.H + 8; units += 8)

@@ -65,12 +65,14 @@ struct ClusterExchange {
     return value;
   }
   __device__ __forceinline__ void start(int q) const {
-    if (threadIdx.x != 0) return;
-    for (int k = 0; k < 2; ++k) {
-      barrier_init(barrier(q, k));
-      barrier_expect(barrier(q, k), unsigned(plan.stage[q].arriving));
-    }
-    barrier_init_done();
+    if (warp_of_thread() != 0) return;
+    const bool first = lane_of_thread() == 0;
+    for (int k = 0; k < 2; ++k)
+      if (first) barrier_init(barrier(q, k));
+    if (first) barrier_init_done();
+    sync_warp();
+    for (int k = 0; k < 2; ++k)
+      if (first) barrier_expect(barrier(q, k), unsigned(plan.stage[q].arriving));
   }
   __device__ __forceinline__ void sync_group() const { sync_cluster(); }
   template <int batch>

@@ -56,8 +56,10 @@ PersistentPlan persistent_plan(const CellInfo& cell, int size, bool backward, in
   p.units = round_up(ceil_div(H, blocks), 8);
   p.blocks = int(ceil_div(H, p.units));
   if (exchange == Exchange::cluster) {
-    // A cluster of another size than asked for would waste no less, and 3 or 5 blocks place badly.
+    // A cluster of another size than asked for would waste no less, and 3 or 5 blocks place badly. One alone is none: blocks
+    // store to one another.
     p.blocks = blocks;
+    if (blocks < 2) return refuse("a cluster has two blocks or more");
     if (clusters_of(machine, blocks) == 0) return refuse("the device has no clusters of so many blocks");
   } else if (int64_t(p.blocks) * p.slices * at_once > machine.cooperative) {
     return refuse("the blocks of all slices are not resident at once");
@@ -129,9 +131,10 @@ PersistentPlan persistent_plan(const CellInfo& cell, int size, bool backward, in
     const PersistentPlan p = persistent_plan(cell, size, backward, H, batch, tf32, machine, at_once, exchange, blocks, columns);
     if (!p.reason && (best.reason || p.estimated_us < best.estimated_us)) best = p;
   };
-  for (int blocks = 1; blocks <= machine.max_cluster; blocks *= 2)
+  for (int blocks = 2; blocks <= machine.max_cluster; blocks *= 2)
     for (int columns : {4, 8, 16})
-      if (int64_t(blocks - 1) * 8 < H) consider(Exchange::cluster, blocks, int(std::min<int64_t>(columns, batch)));
+      if (blocks == 2 || int64_t(blocks - 1) * 8 < H)
+        consider(Exchange::cluster, blocks, int(std::min<int64_t>(columns, batch)));
   for (int slices = 1; slices <= machine.processors && slices <= ceil_div(batch, 4); ++slices) {
     const int64_t each = ceil_div(batch, slices);
     const int columns = int(std::min<int64_t>(each <= 4 ? 4 : round_up(each, 8), batch));

@@ -345,7 +345,7 @@ void check_kernels() {
 }
 
 void check_groups() {
-  for (const int blocks : {1, 4, 8, 16}) {
+  for (const int blocks : {2, 4, 8, 16}) {
     check_case<__nv_bfloat16>({{0, 3, 2, 3, int64_t(blocks) * 8}, Exchange::cluster, blocks, 8});
     check_case<__half>({{2, 3, 2, 3, int64_t(blocks) * 8 - 3}, Exchange::grid, blocks, 8});
   }
@@ -362,11 +362,11 @@ void check_groups() {
     check_case<__nv_bfloat16>({{0, 3, 7, 3, 128}, exchange, 4, 4});
     check_case<__nv_bfloat16>({{2, 4, 6, 3, 64}, exchange, 2, 4});
     check_case<float>({{0, 3, 4, 3, 40}, exchange, 2, 4, true});
-    check_case<__nv_bfloat16>({{1, 3, 4, 3, 72}, exchange, 1, 4});  // two pairs a thread
+    check_case<__nv_bfloat16>({{1, 3, 4, 3, 136}, exchange, 2, 4});  // two pairs a thread
     check_case<__nv_bfloat16>({{1, 1, 4, 3, 40}, exchange, 2, 4});
-    check_case<__half>({{0, 1, 9, 3, 24}, exchange, 1, 8});
+    check_case<__half>({{0, 1, 9, 3, 24}, exchange, 2, 8});
     check_case<__half>({{2, 3, 5, 3, 40}, exchange, 2, 1});
-    check_case<float>({{3, 3, 13, 3, 32}, exchange, 1, 11, true});
+    check_case<float>({{3, 3, 13, 3, 32}, exchange, 2, 11, true});
   }
 }
 
