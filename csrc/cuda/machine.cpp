@@ -32,7 +32,7 @@ Machine ask(int device) {
   int before = 0;  // what follows is asked of the current device
   FUSEDRNN_CUDA(cudaGetDevice(&before));
   FUSEDRNN_CUDA(cudaSetDevice(device));
-  for (int i = 0; 1 << i <= most; ++i) {
+  for (int i = 1; 1 << i <= most; ++i) {
     m.clusters[i] = resident_clusters(1 << i, m.processors, int(m.shared_per_block));
     if (m.clusters[i] > 0) m.max_cluster = 1 << i;
   }

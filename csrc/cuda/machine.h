@@ -17,7 +17,7 @@ struct Machine {
   int64_t registers = 0;             // of 32 bits, per processor
   int64_t l2_bytes = 0;
   int max_cluster = 1;   // blocks
-  int clusters[5] = {};  // of 1, 2, 4, 8 and 16 blocks, a processor each: how many are resident at once
+  int clusters[5] = {};  // [i > 0]: of 2^i blocks, a processor each, how many are resident at once
   int cooperative = 0;   // blocks of a cooperative launch, a processor each; 0: there is no such launch
 };
 

@@ -7,7 +7,6 @@
 // that gives part n has had every part n-1, and whoever gave part n-1 was done reading the operand n-2 that part n replaces.
 #pragma once
 
-#include "cuda/check.h"
 #include "cuda/persistent_exchange.cuh"
 #include "cuda/persistent_product.cuh"
 #include "cuda/quick_activations.cuh"
@@ -49,7 +48,7 @@ struct Persistent {
 
   template <int q>
   static constexpr int results = backward ? 1 : Cell::recurrent[q].count;
-  // Partial sums, of which the tile has [depth_warps][cells][lane].
+  // Partial sums, of which the tile has [depth_warps][tile_cells][lane].
   template <int n>
   struct alignas(4 * (n == 3 ? 4 : n)) Sums {
     float of[n == 3 ? 4 : n];
@@ -81,9 +80,9 @@ struct Persistent {
   } pair[pairs];
   // What this warp multiplies in each stage.
   struct Part {
-    int groups, depth;  // of 8 units, how many of its own there are, 0: none; how many warps share such
+    int groups, depth;    // of 8 units, how many of its own there are, 0: none; how many warps share such
     int chunks, operand;  // of k; bytes: where its lane reads the first
-    SharedAddress sums;  // where the tile has those of the first group
+    SharedAddress sums;   // where the tile has those of the first group
   } part[phases];
   const SharedAddress tile = shared + unsigned(constant<simple>(plan.tile));
   const int tile_lanes = constant<simple>(plan.tile_cells * 32);  // from what one warp summed to what the next did
@@ -332,10 +331,6 @@ struct Persistent {
     const int place = pair[p].place[q], turn = turned(place & 7, slot, places);
     store_shared(exchange.part(q, k) + unsigned((place >> 3) + (slot * places + turn) * 16), Hands::clean(value));
   }
-  template <int q>
-  __device__ __forceinline__ void give(int k) const {
-    exchange.give(q, k);
-  }
   static __device__ __forceinline__ T rounded_to_tf32(T value) {
     if constexpr (sizeof(T) == 4) {
       uint32_t bits;
@@ -426,7 +421,7 @@ struct Persistent {
       }
       stage_value<0>(p, 0, 0, narrow<T>(state[p][0].r));
     }
-    give<0>(0);
+    exchange.give(0, 0);
 #pragma unroll
     for (int i = 0; i < steps_ahead; ++i) ask_forward(begin + i, i);
     for (int s = begin, k = 0; s < end; ++s, ++k) forward_phase<0>(s, k);
@@ -475,7 +470,7 @@ struct Persistent {
       if (last) state[p][0] = V(widen(value));  // h is what y holds
       stage_value<next>(p, 0, next_k, value);
     }
-    if (!last || s + 1 < end) give<next>(next_k);
+    if (!last || s + 1 < end) exchange.give(next, next_k);
     int64_t at[pairs];  // rows of step s
 #pragma unroll
     for (int p = 0; p < pairs; ++p) at[p] = simple ? row(p, s) : pair[p].row;
@@ -568,7 +563,7 @@ struct Persistent {
 #pragma unroll
       for (int i = 0; i < fed.count; ++i) stage_value<next>(p, i, k, narrow<T>(slot[p][fed.first + i].r));
     }
-    if (!last || s > 0 || a.dstate[0]) give<next>(k);
+    if (!last || s > 0 || a.dstate[0]) exchange.give(next, k);
     if constexpr (last) {
       int64_t at[pairs];
 #pragma unroll
@@ -611,57 +606,5 @@ __global__ void __launch_bounds__(persistent_threads, 1)
       run({plan, rank, shared, Cell::phases});
   }
 }
-
-// ---- host: a file of a few lines instantiates these for one T
-
-template <class T, class Cell, bool backward, class Args>
-bool launch_persistent(const PersistentPlan& plan, const Args& args, void* workspace, cudaStream_t stream) {
-  const bool grid = plan.exchange == Exchange::grid;
-  const char* const name = backward ? "persistent backward" : "persistent forward";
-  Launch how;
-  how.grid = dim3(unsigned(plan.blocks * plan.slices)), how.block = dim3(persistent_threads);
-  how.shared = size_t(plan.shared_bytes), how.stream = stream;
-  how.cluster = grid ? 0 : plan.blocks, how.cooperative = grid;
-  const Schedule* schedule;
-  if constexpr (backward)
-    schedule = &args.forward.schedule;
-  else
-    schedule = &args.schedule;
-  const bool simple = schedule->uniform && plan.cells <= persistent_warps;
-  const auto kernel = grid     ? simple ? persistent_kernel<T, Cell, backward, GridExchange, true>
-                                        : persistent_kernel<T, Cell, backward, GridExchange, false>
-                      : simple ? persistent_kernel<T, Cell, backward, ClusterExchange, true>
-                               : persistent_kernel<T, Cell, backward, ClusterExchange, false>;
-  const cudaError_t code = try_launch(name, how, kernel, plan, args, static_cast<unsigned char*>(workspace));
-  if (is_refusal(code)) return cudaGetLastError(), false;
-  check(code, name);
-  return true;
-}
-
-template <class T>
-bool persistent_forward(int cell, const PersistentPlan& plan, const ForwardArgs<T>& args, void* workspace,
-                        cudaStream_t stream) {
-  int number = 0;
-#define FUSEDRNN_LAUNCH(Cell) \
-  if (cell == number++) return launch_persistent<T, Cell, false>(plan, args, workspace, stream);
-  FUSEDRNN_FOR_EACH_CELL(FUSEDRNN_LAUNCH)
-#undef FUSEDRNN_LAUNCH
-  return false;
-}
-
-template <class T>
-bool persistent_backward(int cell, const PersistentPlan& plan, const BackwardArgs<T>& args, void* workspace,
-                         cudaStream_t stream) {
-  int number = 0;
-#define FUSEDRNN_LAUNCH(Cell) \
-  if (cell == number++) return launch_persistent<T, Cell, true>(plan, args, workspace, stream);
-  FUSEDRNN_FOR_EACH_CELL(FUSEDRNN_LAUNCH)
-#undef FUSEDRNN_LAUNCH
-  return false;
-}
-
-#define FUSEDRNN_PERSISTENT(T)                                                                                 \
-  template bool persistent_forward<T>(int, const PersistentPlan&, const ForwardArgs<T>&, void*, cudaStream_t); \
-  template bool persistent_backward<T>(int, const PersistentPlan&, const BackwardArgs<T>&, void*, cudaStream_t);
 
 }  // namespace fusedrnn::cuda

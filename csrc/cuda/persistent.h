@@ -22,8 +22,7 @@ constexpr int persistent_threads = 256, persistent_warps = persistent_threads / 
 constexpr int persistent_pairs = 2;  // (unit, sequence) pairs of a thread, at most
 constexpr int chunk_bytes = 64;      // of k that a warp multiplies at a time: 16 bytes for each of 4 lanes
 constexpr int lane_units = 8;        // hidden units whose results lie side by side in the lanes of a warp
-constexpr int barriers_at = 0;       // bytes, in shared memory
-constexpr int workspace_fill = 0xff; // every byte of a workspace before a launch: what nobody has given
+constexpr int workspace_fill = 0xff;  // every byte of a workspace before a launch: what nobody has given
 
 enum class Exchange { cluster, grid };
 
@@ -63,9 +62,9 @@ struct PersistentPlan {
   int places;           // sequences that the operand has room for: 1, 4 (only of tensor cores), or a multiple of 8
   int blocks, units;    // of a group; of a block, a multiple of 8
   Stage stage[max_phases];
-  int cells;                    // of 8 units and every other one of 8 sequences, or all of up to 4: a pair for each lane
-  int tile_cells;  // for which the tile has room: twice as many, where less than 8 sequences are multiplied as 8
-  int tile, staging, input;  // bytes, in shared memory
+  int cells;            // of 8 units and every other one of 8 sequences, or all of up to 4: a pair for each lane
+  int tile_cells;       // for which the tile has room: twice as many, where less than 8 sequences are multiplied as 8
+  int tile, staging, input;  // bytes, in shared memory, where the barriers lie first
   int shared_bytes;
   int step_bytes;  // of a grid, in global memory: what a slice's blocks give one another in a step
   bool tf32;

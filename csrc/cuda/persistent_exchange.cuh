@@ -30,8 +30,8 @@ struct ClusterExchange {
   const SharedAddress shared;
   struct {
     SharedAddress operand;
-    int bytes;       // of it
-    int from, to;    // of the operand's bytes, which 16 this thread gives first, and to which block
+    int bytes;        // of it
+    int from, to;     // of the operand's bytes, which 16 this thread gives first, and to which block
     int sends, step;  // to how many blocks; from one to the next
   } stage[max_phases];
 #if FUSEDRNN_CLUSTERS
@@ -54,7 +54,7 @@ struct ClusterExchange {
     }
   }
   __device__ __forceinline__ SharedAddress barrier(int q, int k) const {
-    return shared + unsigned(barriers_at + (2 * q + (k & 1)) * 8);
+    return shared + unsigned((2 * q + (k & 1)) * 8);  // they lie first
   }
   __device__ __forceinline__ SharedAddress operand(int q, int k) const {
     return stage[q].operand + unsigned(stage[q].bytes & -(k & 1));

@@ -1,4 +1,4 @@
-#include "cuda/persistent.cuh"
+#include "cuda/persistent_launch.cuh"
 
 namespace fusedrnn::cuda {
 FUSEDRNN_PERSISTENT(float)

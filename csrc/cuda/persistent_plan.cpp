@@ -105,7 +105,7 @@ PersistentPlan persistent_plan(const CellInfo& cell, int size, bool backward, in
   p.tile = int(take(shared, tile));
   p.staging = int(take(shared, int64_t(p.staging_stage) * cell.phases));
   static_assert(persistent_pairs == 2, "as many inputs wait for a thread: of its pairs, or of two steps");
-  p.input = int(take(shared, backward ? 0 : int64_t(2) * persistent_threads * cell.input.count * 4));
+  p.input = int(take(shared, backward ? 0 : int64_t(persistent_pairs) * persistent_threads * cell.input.count * 4));
   p.step_bytes = grid ? int(step) : 0;
   if (shared > machine.shared_per_block) return refuse("the weights do not fit on chip");
   p.shared_bytes = int(std::max<int64_t>(shared, persistent_threads * 4));  // see constant()

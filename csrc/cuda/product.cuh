@@ -77,11 +77,10 @@ __device__ __forceinline__ void add_product(Accumulate<T> (&sum)[tiles][count][4
   }
 }
 
-// What comes next is on its way while something is multiplied.
+// Factors come from global memory: the next ones are on their way while a thread multiplies the last.
 template <bool direct, class Number, class T, int count, int tiles, int units_of_gate>
-__device__ __forceinline__ void multiply(Accumulate<T> (&sum)[tiles][count][4], const T* const (&rows)[tiles][2],
-                                         const T* const (&units)[count][units_of_gate], int K, int used,
-                                         Factors<Number, T, count, tiles>) {
+__device__ __forceinline__ void multiply_from_global(Accumulate<T> (&sum)[tiles][count][4], const T* const (&rows)[tiles][2],
+                                                     const T* const (&units)[count][units_of_gate], int K, int used) {
   using F = Factors<Number, T, count, tiles>;
   constexpr bool tensor = on_tensor_cores<Number>;
   constexpr int n = F::n, chunk = tensor ? 4 * n : product_chunk, turns_of_chunk = tensor ? 1 : product_chunk / n;
@@ -112,8 +111,8 @@ __device__ __forceinline__ void multiply(Accumulate<T> (&sum)[tiles][count][4], 
   }
 }
 
-// float32 without tensor cores, from aligned rows: the factors of a warp's next chunk of k are on their way to shared memory while it multiplies
-// the last. From global memory itself, a load of 16 bytes from 8 rows takes the cache 8 cycles.
+// float32 without tensor cores, from aligned rows: the factors of a warp's next chunk of k are on their way to shared memory
+// while it multiplies the last. From global memory itself, a load of 16 bytes from 8 rows takes the cache 8 cycles.
 template <class T, class Number>
 constexpr bool staged = std::is_same_v<T, float> && !on_tensor_cores<Number>;
 constexpr int staged_bytes = product_chunk * 4;  // of a row
@@ -205,16 +204,16 @@ __device__ __forceinline__ void multiply(Accumulate<T> (&sum)[tiles][count][4], 
   for (int mask = 16; mask > 0; mask /= 2) misaligned |= shuffle_xor(misaligned, mask);
   if constexpr (on_tensor_cores<Number>) {
     if (misaligned == 0)
-      multiply<true>(sum, rows, units, K, used, F());
+      multiply_from_global<true, Number>(sum, rows, units, K, used);
     else
-      multiply<false>(sum, rows, units, K, used, F());
+      multiply_from_global<false, Number>(sum, rows, units, K, used);
   } else {
     if constexpr (staged<T, Number>)
       if (misaligned == 0) return multiply_staged(sum, rows, units, K, used);
     const T* pairs[count][2];
 #pragma unroll
     for (int i = 0; i < count; ++i) pairs[i][0] = b(i, 2 * t), pairs[i][1] = b(i, 2 * t + 1);
-    multiply<false>(sum, rows, pairs, K, used, F());
+    multiply_from_global<false, Number>(sum, rows, pairs, K, used);
   }
 }
 

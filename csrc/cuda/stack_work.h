@@ -224,7 +224,10 @@ struct Work {
         fprintf(stderr, "fusedrnn: %s %s on cuda:%d: T=%lld B=%lld H=%lld %s: %s\n", backward ? "backward" : "forward",
                 cell.name, device, (long long)T_, (long long)B, (long long)H, name_of(dtype_of<T>), describe(plan).c_str());
       if (plan.path == Path::per_step) return run_steps<T>(spec.cell, args, options.tf32, device, on);
-      if (run_persistent(plan.persistent, args, on, room)) return void(room.bytes = 0);  // it is used
+      if (run_persistent(plan.persistent, args, on, room)) {
+        room.bytes = 0;  // what was filled is used
+        return;
+      }
       set_refused(device, plan.persistent.exchange == Exchange::grid ? 0 : plan.persistent.blocks);
     }
   }
