@@ -6,7 +6,6 @@
 
 #include <algorithm>
 #include <chrono>
-#include <functional>
 #include <memory>
 #include <string>
 #include <vector>
@@ -62,7 +61,10 @@ class Crew {
   int first_rank(int64_t layer, int d) const { return team_of(layer, d) * (threads_ / teams_); }
   const Plan& plan(int64_t layer) const { return plans_[layer]; }
   void wait(int rank) { all_.wait(rank); }
-  void run(const std::function<void(int)>& work) { lease_.run(threads_, work); }
+  template <class Work>
+  void run(const Work& work) {
+    lease_.run(threads_, work);
+  }
 
   // Calls work(d, team) for the directions of the layer that this rank takes part in.
   template <class Work>

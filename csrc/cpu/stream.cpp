@@ -49,21 +49,25 @@ Stream<T>::Stream(const Spec& spec, std::shared_ptr<const Panels<T>> panels, int
   std::fill_n(zeros, H + lanes, T(0));
   for (int64_t j = 0; j < B; ++j) state_row_.push_back(j * H), input_row_.push_back(j * spec.I);
   for (int64_t l = 0; l < spec.L; ++l) {
-    ForwardArgs<T>& a = levels_[l].args;
     const auto& p = (*panels_)[l];
-    a = {};
-    a.I = spec.input_size(l), a.H = H;
-    a.schedule = order_.schedule(B);
-    a.x = {nullptr, 0, l == 0 ? input_row_.data() : state_row_.data()};
-    a.y = {nullptr, 0, state_row_.data()};
-    a.state_row = state_row_.data();
-    for (int s = 1; s < cell.states; ++s) a.state[s] = a.final_state[s] = levels_[l].states[s];
-    a.w_ih = p.w_ih, a.ih_block = p.ih_block, a.bias = p.bias;
-    for (int q = 0; q < cell.phases; ++q) a.w_hh[q] = p.w_hh[q], a.hh_block[q] = p.hh_block[q];
-    a.operand = operand;
-    a.pre = pre, a.pre_thread = pre_thread;
-    a.place = place, a.place_thread = B;
-    a.zeros = zeros;
+    for (int now : {0, 1}) {
+      ForwardArgs<T>& a = levels_[l].args[now];
+      a = {};
+      a.I = spec.input_size(l), a.H = H;
+      a.schedule = order_.schedule(B);
+      a.x = {l == 0 ? nullptr : levels_[l - 1].h[1 - now], 0, l == 0 ? input_row_.data() : state_row_.data()};
+      a.y = {levels_[l].h[1 - now], 0, state_row_.data()};
+      a.state_row = state_row_.data();
+      a.state[0] = levels_[l].h[now], a.final_state[0] = levels_[l].h[1 - now];
+      for (int s = 1; s < cell.states; ++s) a.state[s] = a.final_state[s] = levels_[l].states[s];
+      a.turn = now;
+      a.w_ih = p.w_ih, a.ih_block = p.ih_block, a.bias = p.bias;
+      for (int q = 0; q < cell.phases; ++q) a.w_hh[q] = p.w_hh[q], a.hh_block[q] = p.hh_block[q];
+      a.operand = operand;
+      a.pre = pre, a.pre_thread = pre_thread;
+      a.place = place, a.place_thread = B;
+      a.zeros = zeros;
+    }
   }
   all_ = std::make_unique<Barrier>();
   for (Level& level : levels_) level.barriers = std::make_unique<Barrier[]>(1 + most_threads_);
@@ -86,26 +90,22 @@ void Stream<T>::plan_for(int threads) {
 template <class T>
 void Stream<T>::step(const T* x, T* h) {
   if (B_ == 0) return;
-  const int next = 1 - now_;
-  for (int64_t l = 0; l < spec_.L; ++l) {
-    ForwardArgs<T>& a = levels_[l].args;
-    a.x.base = l == 0 ? x : levels_[l - 1].h[next];
-    a.y.base = l == spec_.L - 1 ? h : levels_[l].h[next];
-    a.state[0] = levels_[l].h[now_];
-    a.final_state[0] = levels_[l].h[next];
-    a.turn = now_;
-  }
+  // Not written where they are what they were two steps ago, since the other threads' cores keep copies of the lines.
+  const T*& from = levels_.front().args[now_].x.base;
+  T*& to = levels_.back().args[now_].y.base;
+  if (from != x) from = x;
+  if (to != h) to = h;
   if (most_threads_ == 1)
     run_alone();
   else
     run_on_several();
-  now_ = next;
+  now_ = 1 - now_;
 }
 
 template <class T>
 void Stream<T>::run_alone() {
   const FlushDenormals flush;
-  for (Level& level : levels_) forward_(level.args, Team{level.plan, &level.barriers[0], &level.barriers[1], 0}, 0, 1);
+  for (Level& level : levels_) forward_(level.args[now_], Team{level.plan, &level.barriers[0], &level.barriers[1], 0}, 0, 1);
 }
 
 template <class T>
@@ -117,10 +117,10 @@ void Stream<T>::run_on_several() {
   const int asked = awake && tuner_.choice() == 1 ? wanted : 1;
   Lease lease(asked);
   if (lease.size() != planned_) plan_for(lease.size());
-  lease.run(planned_, [&](int rank) {
+  lease.run(planned_, [this, now = now_](int rank) {
     for (Level& level : levels_) {
       if (rank < level.plan.threads())
-        forward_(level.args, Team{level.plan, &level.barriers[0], &level.barriers[1], rank}, 0, 1);
+        forward_(level.args[now], Team{level.plan, &level.barriers[0], &level.barriers[1], rank}, 0, 1);
       if (planned_ > 1 && levels_.size() > 1) all_->wait(rank);
     }
   });

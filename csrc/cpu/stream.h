@@ -37,20 +37,21 @@ class Stream {
   void run_on_several();
   using Clock = std::chrono::steady_clock;
   struct Level {
-    ForwardArgs<T> args;
+    ForwardArgs<T> args[2];               // of a step that starts from h[0], and from h[1]
     Plan plan;
     std::unique_ptr<Barrier[]> barriers;  // of the team, then of each part of the batch
     T* h[2];                              // (B, H): the last state and the next one, in turns
     T* states[max_states];
   };
   std::vector<Level> levels_;
-  int now_ = 0;                // levels_[l].h[now_] is the state
-  int most_threads_ = 1;       // that a step can use
-  int planned_ = 0;            // threads that the plans are for
-  Clock::time_point last_end_{};  // of the last step
-  Tuner tuner_;
+  int most_threads_ = 1;  // that a step can use
+  int planned_ = 0;       // threads that the plans are for
   std::unique_ptr<Barrier> all_;
   Arena arena_;
+  // Written at each step: apart from what the other threads read, of which their cores keep copies.
+  alignas(64) int now_ = 0;       // levels_[l].h[now_] is the state
+  Clock::time_point last_end_{};  // of the last step
+  Tuner tuner_;
 };
 
 }  // namespace fusedrnn

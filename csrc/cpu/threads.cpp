@@ -67,7 +67,8 @@ class Seats {
   void take(int rank) {
     const int place = sched_getcpu() + 1;
     if (rank >= seats || place == 0) return;
-    place_[rank].store(place, std::memory_order_relaxed);
+    // Seldom written, so that every core keeps a copy of the line.
+    if (place_[rank].load(std::memory_order_relaxed) != place) place_[rank].store(place, std::memory_order_relaxed);
     for (int r = 0; r < rank; ++r)
       if (place_[r].load(std::memory_order_relaxed) == place) return leave(rank);
   }
@@ -88,14 +89,17 @@ class Seats {
   }
 
   static constexpr int seats = 256;
-  std::atomic<int> place_[seats] = {};  // the rank's CPU + 1; 0 before it first ran
+  alignas(64) std::atomic<int> place_[seats] = {};  // the rank's CPU + 1; 0 before it first ran
 #else
   void take(int) {}
 #endif
 };
 
+// Lines that pass between a worker and who calls it: far cores take 200 ns for each, so there is one each way.
 struct alignas(64) Worker {
-  std::atomic<uint64_t> ticket{0};  // raised by one for each job this worker takes part in
+  Job job;                               // written by the caller
+  std::atomic<uint64_t> ticket{0};       // likewise: raised by one for each job
+  alignas(64) std::atomic<uint64_t> done{0};  // the ticket of the last job that it has finished
   std::atomic<bool> parked{false};
   std::mutex mutex;
   std::condition_variable wake;
@@ -123,13 +127,12 @@ class Pool {
   }
 
   // True where some of the threads had to be woken.
-  bool run(int threads, bool yields, const std::function<void(int)>& work) {
+  bool run(int threads, bool yields, const Job& job) {
     bool woke = false;
-    work_ = &work;
     seats_.take(0);
-    remaining_.store(threads - 1, std::memory_order_relaxed);
     for (int i = 0; i < threads - 1; ++i) {
       Worker& w = *workers_[i];
+      w.job = job;
       w.ticket.fetch_add(1);  // sequentially consistent, against the worker's parked-then-look
       if (w.parked.load()) {
         std::lock_guard<std::mutex> lock(w.mutex);
@@ -137,13 +140,18 @@ class Pool {
         woke = true;
       }
     }
-    work(0);
-    spin_until(yields, [&] { return remaining_.load(std::memory_order_acquire) == 0; });
+    job(0);
+    for (int i = 0; i < threads - 1; ++i) {
+      const Worker& w = *workers_[i];
+      const uint64_t ticket = w.ticket.load(std::memory_order_relaxed);
+      spin_until(yields, [&] { return w.done.load(std::memory_order_acquire) == ticket; });
+    }
     return woke;
   }
 
  private:
   void serve(Worker& w, int rank) {
+    const FlushDenormals flush;
     for (uint64_t seen = 0;;) {
       auto until = Clock::now() + spin_window;
       bool fresh = false;
@@ -161,15 +169,13 @@ class Pool {
       }
       ++seen;
       seats_.take(rank);
-      (*work_)(rank);
-      remaining_.fetch_sub(1, std::memory_order_release);
+      w.job(rank);
+      w.done.store(seen, std::memory_order_release);
     }
   }
 
   std::atomic<bool> busy_{false};
   std::vector<std::unique_ptr<Worker>> workers_;
-  const std::function<void(int)>* work_ = nullptr;
-  std::atomic<int> remaining_{0};
   Seats seats_;
 };
 
@@ -297,22 +303,18 @@ Lease::Lease(int wanted) : size_(1) {
 
 Lease::~Lease() {
   if (size_ == 1) return;
-  retreat.judge(now_us, took_us_, stalled_us.exchange(0, std::memory_order_relaxed) / (size_ - 1), woke_);
+  const int64_t stalled = stalled_us.load(std::memory_order_relaxed);
+  if (stalled > 0) stalled_us.store(0, std::memory_order_relaxed);  // the threads that add to it are done
+  retreat.judge(now_us, took_us_, stalled / (size_ - 1), woke_);
   pool().unlock();
 }
 
-void Lease::run(int threads, const std::function<void(int)>& work) {
-  if (threads == 1) {
-    const FlushDenormals flush;
-    work(0);
-  } else {
-    const int64_t start = now_us();
-    woke_ |= pool().run(threads, crowded(), [&](int rank) {
-      const FlushDenormals flush;
-      work(rank);
-    });
-    took_us_ += now_us() - start;
-  }
+void Lease::run_job(int threads, const Job& job) {
+  const FlushDenormals flush;
+  if (threads == 1) return job(0);
+  const int64_t start = now_us();
+  woke_ |= pool().run(threads, crowded(), job);
+  took_us_ += now_us() - start;
 }
 
 }  // namespace fusedrnn

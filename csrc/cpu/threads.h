@@ -6,11 +6,12 @@
 #pragma once
 
 #include <stdint.h>
+#include <string.h>
 
 #include <atomic>
 #include <chrono>
-#include <functional>
 #include <memory>
+#include <type_traits>
 
 namespace fusedrnn {
 
@@ -18,6 +19,23 @@ namespace fusedrnn {
 struct Part {
   int64_t begin, end;
   Part(int64_t n, int rank, int threads) : begin(n * rank / threads), end(n * (rank + 1) / threads) {}
+};
+
+// What the threads of a lease are to do: a function of the rank, by value with what it captures, so that a job and the word
+// that it has come pass from core to core in one line. It must be small: capture by reference.
+class Job {
+ public:
+  template <class Work>
+  explicit Job(const Work& work) : call_([](const void* words, int rank) { (*static_cast<const Work*>(words))(rank); }) {
+    static_assert(std::is_trivially_copyable_v<Work> && sizeof(Work) <= sizeof words_ && alignof(Work) <= alignof(void*));
+    memcpy(words_, static_cast<const void*>(&work), sizeof work);
+  }
+  Job() = default;
+  void operator()(int rank) const { call_(words_, rank); }
+
+ private:
+  void (*call_)(const void* words, int rank) = nullptr;
+  alignas(void*) unsigned char words_[5 * sizeof(void*)] = {};
 };
 
 constexpr std::chrono::microseconds spin_window{200};  // how long a worker waits awake for the next call
@@ -80,10 +98,15 @@ class Lease {
   Lease& operator=(const Lease&) = delete;
   int size() const { return size_; }
   bool crowded() const { return size_ > available_threads(); }  // more threads than cores: waiting must yield
-  // Returns when every rank has. Denormals are flushed in `work`, which must not throw.
-  void run(int threads, const std::function<void(int rank)>& work);
+  // Calls work(rank) on each thread; returns when every rank has. Denormals are flushed in `work`, which must not throw.
+  template <class Work>
+  void run(int threads, const Work& work) {
+    run_job(threads, Job(work));
+  }
 
  private:
+  void run_job(int threads, const Job& job);
+
   int size_;
   int64_t took_us_ = 0;  // by all runs of several threads
   bool woke_ = false;    // threads that were parked
