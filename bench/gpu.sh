@@ -33,7 +33,7 @@ check() {
   ctest --test-dir "$work/native" --output-on-failure -R cuda
   step "Tests of the module on the card"
   python3 -m pytest tests/test_device*.py
-  python3 -m pytest tests/test_kernels.py tests/test_errors.py tests/test_bad_options.py -k cuda
+  python3 -m pytest tests/test_{api,bits,dropout,errors,kernels,lengths_api,pickle,tape}.py -k "cuda or many_blocks"
 }
 
 sanitize() {
@@ -43,7 +43,8 @@ sanitize() {
   for tool in memcheck racecheck; do
     step "compute-sanitizer $tool, small cases"
     compute-sanitizer --tool "$tool" --error-exitcode 9 --target-processes all \
-      python3 -m pytest -x tests/test_device_arrays.py -k "numpy_in and (float32 or bfloat16)"
+      python3 -m pytest -x tests/test_device_arrays.py tests/test_device.py \
+      -k "(numpy_in and (float32 or bfloat16)) or tf32_rounds"  # the second also step by step
   done
 }
 

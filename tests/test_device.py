@@ -1,9 +1,11 @@
 """Layers on a GPU: moves, copies, streams, where things may be, what is refused."""
 
 import copy
+import itertools
 import os
 import pickle
 import threading
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,11 +20,11 @@ from bound import (
     run,
     there,
 )  # fmt: skip
-from devices import PROBLEM, exact, host, needs_gpu, numpy_dtype, on_device, path
+from devices import EMULATED, PROBLEM, exact, host, needs_gpu, numpy_dtype, on_device, path
 from gpu_cases import B, H, I, T, every_cell, every_gpu_dtype, gpu_case, python, results
 
 import fusedrnn as fr
-from fusedrnn import _dtypes
+from fusedrnn import _cuda_module, _dtypes
 
 # --- Parameters, copies, moves ------------------------------------------------------------------------------
 
@@ -250,6 +252,159 @@ def test_more_memory_than_there_is_leaves_the_layer_usable():
     with pytest.raises(MemoryError):
         layer(fr.DeviceArray(shadow, zero.dtype, zero._memory))
     assert layer(np.zeros((T, B, 1), np.float32))[0].shape == (T, B, 2)
+
+
+@pytest.fixture
+def fault():
+    """A function that makes the n-th launch from now on a faulty one, whose failure later calls report."""
+    if PROBLEM is not None or not EMULATED:
+        pytest.skip(PROBLEM or "a GPU does not recover from a fault")
+    yield _cuda_module.module().fault_after
+    _cuda_module.module().fault_after(-1)
+
+
+@needs_gpu
+def test_a_failure_on_the_gpu_is_told_at_a_later_call_with_its_origin(fault):
+    call = draw(gpu_case())
+    given = there(call)
+    for launches in itertools.count():  # until the fault comes with the last launch
+        fault(launches)
+        try:
+            call.layer(given.x, given.state)
+            break
+        except RuntimeError as error:
+            assert "cudaErrorIllegalAddress" in str(error)
+    passes = f"forward of lstm \\(float32, T={T}, B={B}, H={H}, num_layers=1\\) on cuda:0"
+    with pytest.raises(RuntimeError, match=f"IllegalAddress .*the last one launched was .*{passes}"):
+        fr.device_array(call.x)
+    fault(-1)
+    assert_same_bits({"y": host(call.layer(given.x)[0])}, {"y": call.layer(call.x)[0]})
+
+
+@needs_gpu
+def test_what_was_added_in_part_is_not_added_twice(fault):
+    call = draw(gpu_case(L=2, state="zeros"))
+    given = there(call)
+    layer, dy = call.layer, given.dy
+    seen = set()
+    for launches in itertools.count():
+        *_, tape = layer.forward(given.x)
+        into = layer.backward(layer.forward(given.x)[-1], dy)
+        once = exact(into.flat)
+        fault(launches)
+        try:
+            layer.backward(tape, dy, accumulate_into=into)
+            break
+        except RuntimeError as error:
+            fault(-1)
+            in_part = "accumulate_into has been added to in part" in str(error)
+        seen.add(in_part)
+        if in_part:
+            with pytest.raises(RuntimeError, match="tape was used already"):
+                layer.backward(tape, dy)
+        else:
+            np.testing.assert_array_equal(exact(into.flat), once)
+            layer.backward(tape, dy, accumulate_into=into)
+            np.testing.assert_allclose(exact(into.flat), 2 * once, rtol=1e-5, atol=1e-6)
+    assert seen == {False, True}
+
+
+@pytest.mark.skipif(not EMULATED, reason="the emulation can be any machine")
+@pytest.mark.parametrize(
+    ("machine", "text", "info"),
+    [
+        ({"GPUS": 0}, "cuda: the NVIDIA driver finds no GPU", "finds no GPU"),
+        ({"DRIVER": 0}, "cuda: no NVIDIA driver was found", "no NVIDIA driver"),
+        ({"DRIVER": 12020}, "supports CUDA 12.2, but CUDA 13.0 or later is needed: update", "12.2"),
+        ({"CAPABILITY": 75}, "has compute capability 7.5, but 8.0 or later is needed", "(sm_75, too old)"),
+    ],
+)
+def test_a_machine_that_cannot_says_why(machine, text, info):
+    code = """if True:
+        import fusedrnn as fr
+        try:
+            fr.LSTM(2, 3, device="cuda")
+        except RuntimeError as error:
+            print(error)
+        print(fr.show_config("dict")["cuda"])"""
+    got = python(code, **{f"FUSEDRNN_EMULATED_{key}": str(value) for key, value in machine.items()})
+    assert text in got.splitlines()[0] and info in got.splitlines()[1]
+
+
+def _refused(layer, f, a, w, wrong):
+    """Calls with one wrong argument each: `a` has x, y and a state, `w` are the functional form's weights."""
+    *_, tape = layer.forward(a.x)
+    *_, form = fr.lstm_forward(a.x, *w)
+    yield lambda: layer(wrong(a.x))
+    yield lambda: layer(a.x, (wrong(a.h), a.h))
+    yield lambda: layer(a.x, (a.h, wrong(a.h)))
+    yield lambda: layer(a.x, lengths=[T + 1] * B)
+    yield lambda: layer(a.x, lengths=[0])
+    yield lambda: layer(a.x, out=wrong(a.y))
+    yield lambda: layer.backward(tape, wrong(a.y))
+    yield lambda: layer.backward(tape, a.y, (wrong(a.h), None))
+    yield lambda: layer.backward(tape, a.y, (a.h, wrong(a.h)))
+    yield lambda: layer.backward(tape)
+    yield lambda: f(wrong(a.x), *w)
+    for i in range(4):
+        yield lambda i=i: f(a.x, *w[:i], wrong(w[i]), *w[i + 1 :])
+    yield lambda: f(a.x, *w[:3])
+    yield lambda: f(a.x, *w, wrong(a.h[0]))
+    yield lambda: f(a.x, *w, None, wrong(a.h[0]))
+    yield lambda: f(a.x, *w, a.h[0], a.h[0], [T + 1] * B)
+    yield lambda: f(a.x, *w, out=wrong(a.y))
+    yield lambda: fr.lstm_backward(form, wrong(a.y))
+    yield lambda: fr.lstm_backward(form, a.y, wrong(a.h[0]))
+    yield lambda: fr.lstm_cell(a.x[0], wrong(a.h[0]), None, *w)
+
+
+@needs_gpu
+@pytest.mark.parametrize("wrong", ["shape", "dtype"])
+def test_arrays_there_are_refused_as_on_the_cpu_before_any_launch(wrong, monkeypatch):
+    rng = np.random.default_rng(0)
+
+    def drawn(*shape):
+        return rng.standard_normal(shape).astype(np.float32)
+
+    cpu = fr.LSTM(I, H, seed=0)
+    at_cpu = SimpleNamespace(x=drawn(T, B, I), y=drawn(T, B, H), h=drawn(1, B, H))
+    at_gpu = SimpleNamespace(**{k: on_device(v) for k, v in vars(at_cpu).items()})
+    # None of the functional form's arrays is contiguous, so that each would be copied by a kernel.
+    weights = [np.asfortranarray(drawn(*s)) for s in ((4 * H, I), (4 * H, H))]
+    weights += [drawn(8 * H)[::2] for _ in range(2)]
+    there_weights = [on_device(w) for w in weights]
+    spoils = {
+        "shape": (lambda a: a[..., :-1], lambda a: a[..., :-1]),
+        "dtype": (lambda a: a.astype(np.float64), lambda a: on_device(host(a).astype(np.float64))),
+    }[wrong]
+    made = [
+        list(_refused(layer, fr.lstm, arrays, w, spoil))
+        for layer, arrays, w, spoil in zip(
+            (cpu, cpu.to("cuda")), (at_cpu, at_gpu), (weights, there_weights), spoils, strict=True)
+    ]  # fmt: skip
+    launched = []
+    cuda = _cuda_module.module()
+    for name in ("forward", "backward"):
+        monkeypatch.setattr(cuda, name, lambda *_, name=name: launched.append(name))
+    copy_there = cuda.copy
+    monkeypatch.setattr(cuda, "copy", lambda *a: launched.append("copy") or copy_there(*a))
+    real = fr.DeviceArray._host
+    monkeypatch.setattr(fr.DeviceArray, "_host", lambda a: _unseen(launched, real, a))
+    for on_cpu, on_gpu in zip(*made, strict=True):
+        with pytest.raises((TypeError, ValueError)) as expected:
+            on_cpu()
+        with pytest.raises(expected.type) as got:
+            on_gpu()
+        assert str(got.value).partition(";")[0] == str(expected.value).partition(";")[0]
+        assert not launched, str(got.value)
+
+
+def _unseen(launched, real, array):
+    """What the test itself copies to the host is not counted."""
+    before = list(launched)
+    made = real(array)
+    launched[:] = before
+    return made
 
 
 @needs_gpu

@@ -223,6 +223,45 @@ def test_cuda_array_interface_is_taken_and_given():
 
 
 @needs_gpu
+def test_what_is_not_aligned_to_its_elements_is_refused():
+    call = draw(gpu_case(given="y", state="zeros"))
+    x = on_device(call.x)
+    address = x.__cuda_array_interface__["data"][0]
+    shifted = _Interface(x, data=(address + 2, False))
+    between = _Interface(x, strides=(x.strides[0], x.strides[1] + 1, 4))
+    for wrong in (shifted, between):
+        with pytest.raises(ValueError, match="lstm: x must be aligned to its elements of 4 bytes, got"):
+            call.layer(wrong)
+
+
+@needs_gpu
+def test_a_call_runs_on_the_stream_that_its_array_is_ready_on(monkeypatch):
+    call = draw(gpu_case(state="zeros"))
+    x = _Interface(on_device(call.x), stream=7)
+    cuda, seen = _cuda_module.module(), []
+    monkeypatch.setattr(cuda, "wait", lambda *_: None)
+    monkeypatch.setattr(cuda, "synchronize", lambda _, stream: seen.append(("waited for", stream)))
+    monkeypatch.setattr(cuda, "forward", lambda spec, index, stream, *_: seen.append(("ran on", stream)))
+    y, _ = call.layer(x)
+    assert seen == [("ran on", 7), ("waited for", 7)]
+    assert y._memory.stream.keeps is x  # which may be what keeps the stream alive
+
+
+@needs_gpu
+def test_a_subclass_of_a_librarys_arrays_is_that_librarys():
+    torch = pytest.importorskip("torch")
+
+    class Named(torch.Tensor):
+        pass
+
+    call = draw(gpu_case(state="zeros"))
+    x = torch.from_numpy(call.x).to("cpu" if EMULATED else "cuda")
+    y, _ = call.layer(x.as_subclass(Named))
+    assert isinstance(y, torch.Tensor)
+    assert_same_bits({"y": y.cpu().numpy()}, {"y": call.layer(call.x)[0]})
+
+
+@needs_gpu
 def test_memory_of_another_stream_is_taken_after_its_work_and_given_back_after_the_call(monkeypatch):
     call = draw(gpu_case())
     x, other, waits = on_device(call.x), 7, []
@@ -249,7 +288,7 @@ def test_what_a_call_leaves_keeps_its_stream_alive(monkeypatch, kept):
     current = [_CupysStream()]
     gone = weakref.ref(current[0])
     cupy = types.ModuleType("cupy")
-    cupy.cuda = types.SimpleNamespace(get_current_stream=lambda: current[0])
+    cupy.cuda = types.SimpleNamespace(get_current_stream=lambda index: current[0])
     cupy.from_dlpack = lambda array: _cuda_module.module().from_dlpack(array.__dlpack__())
     monkeypatch.setitem(sys.modules, "cupy", cupy)
 

@@ -14,7 +14,7 @@ from bound import (
     run_function,
     run_reference,
 )  # fmt: skip
-from devices import every_device, every_place, exact, host, on_device, path, sized
+from devices import EMULATED, every_device, every_place, exact, host, needs_gpu, on_device, path, sized
 from hypothesis import given, settings, strategies as st
 from test_reference import assert_gradients, products
 
@@ -92,6 +92,22 @@ def test_larger_layers(cell, device, dtype, sizes):
     call = draw(case)
     with fr.num_threads(2):
         assert_within_bound(run(call), run_reference(call), case)
+
+
+@needs_gpu
+@pytest.mark.skipif(EMULATED, reason="too much for the emulated GPU")
+@every_cell
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("B", "H"), [(16, 512), (1, 1024), (16, 768), (64, 512)])  # clusters of 16; grids
+def test_layers_of_many_blocks_and_their_bits(cell, dtype, B, H):
+    case = Case(cell, dtype, 5, B, 40, H, seed=3, device="cuda")
+    call = draw(case)
+    want = run_reference(call)
+    for way in (-1, 0):
+        with path(way):
+            got = run(call)
+            assert_same_bits(got, run(call))
+        assert_within_bound(got, want, case)
 
 
 @every_cell

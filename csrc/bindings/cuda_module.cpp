@@ -33,11 +33,14 @@ Stream stream_of(uintptr_t handle) { return reinterpret_cast<Stream>(handle); }
 std::atomic<bool> initialised{false};
 
 // CUDA does not survive a fork: a child that goes on with it would hang or crash.
+[[noreturn]] void refuse_forked() {
+  throw std::runtime_error(
+      "cuda: this process was forked from one that had used the GPU, which CUDA does not support: start processes by "
+      "multiprocessing's 'spawn' or 'forkserver', or use the GPU in the children only");
+}
+
 void expect_not_forked() {
-  if (cuda::is_forked())
-    throw std::runtime_error(
-        "cuda: this process was forked from one that had used the GPU, which CUDA does not support: start processes by "
-        "multiprocessing's 'spawn' or 'forkserver', or use the GPU in the children only");
+  if (cuda::is_forked()) refuse_forked();
 }
 
 std::string version_text(int version) { return std::to_string(version / 1000) + "." + std::to_string(version % 1000 / 10); }
@@ -59,15 +62,16 @@ int device_count() {
     cudaGetLastError();
     throw std::runtime_error("cuda: the NVIDIA driver finds no GPU (CUDA_VISIBLE_DEVICES may hide it)");
   }
-  FUSEDRNN_CUDA(code);
+  if (code == cudaErrorInitializationError) refuse_forked();  // the parent used it through another library
+  cuda::check(code, "cudaGetDeviceCount");
   if (!initialised.exchange(true)) pthread_atfork(nullptr, nullptr, [] { cuda::set_forked(); });
   return devices;
 }
 
 void require_capable(int device) {
   expect_not_forked();
-  const cuda::Machine& machine = cuda::machine_of(device);
-  if (machine.major < 8)
+  const cuda::Machine machine = cuda::machine_of(device);
+  if (!machine.is_capable())
     throw std::runtime_error("cuda: cuda:" + std::to_string(device) + ", " + machine.name + ", has compute capability " +
                              std::to_string(machine.major) + "." + std::to_string(machine.minor) +
                              ", but 8.0 or later is needed");
@@ -81,9 +85,9 @@ std::string description() {
   std::string text =
       "CUDA " + version_text(runtime) + " for " FUSEDRNN_CUDA_ARCHITECTURES "; driver for " + version_text(driver);
   for (int i = 0; i < devices; ++i) {
-    const cuda::Machine& m = cuda::machine_of(i);
+    const cuda::Machine m = cuda::machine_of(i);
     text += "; cuda:" + std::to_string(i) + " " + m.name + " (sm_" + std::to_string(10 * m.major + m.minor) + ", " +
-            std::to_string(m.processors) + " processors)";
+            (m.is_capable() ? std::to_string(m.processors) + " processors)" : "too old)");
   }
   try {
     text += "; cuBLASLt " + cuda::blas_version();
@@ -123,7 +127,10 @@ class Buffer {
   Buffer(const Buffer&) = delete;
   Buffer& operator=(const Buffer&) = delete;
   void* data() const { return data_; }
-  void set_used_elsewhere() { used_elsewhere_ = true; }
+  void set_used_elsewhere() {
+    expect_not_forked();
+    used_elsewhere_ = true;
+  }
 
  private:
   StreamObject stream_;  // first, so that it goes last
@@ -256,6 +263,7 @@ struct PyTape {
   std::shared_ptr<cuda::Tape> tape;
   cuda::Options options;
   int64_t T, B;
+  bool spent = false;  // a backward pass has added some of its gradients, and failed: it cannot be done again
   int64_t bytes() const { return cuda::tape_bytes(*tape); }
 };
 
@@ -331,7 +339,7 @@ std::unique_ptr<PyTape> forward(const PySpec& s, int device, const StreamObject&
   return std::make_unique<PyTape>(PyTape{stream, std::move(tape), call.options, call.T_, call.B});
 }
 
-void backward(const PySpec& s, int device, uintptr_t stream, const py::tuple& params, const PyTape& tape, const py::array& x,
+void backward(const PySpec& s, int device, uintptr_t stream, const py::tuple& params, PyTape& tape, const py::array& x,
               const py::object& dy, const py::object& dstate, const py::object& dx, const py::object& dstate_out,
               const py::object& dparams, bool accumulate) {
   expect_not_forked();
@@ -350,7 +358,12 @@ void backward(const PySpec& s, int device, uintptr_t stream, const py::tuple& pa
   call.adds = accumulate;
   GilRelease release;
   OnDevice on(device);
-  cuda::run_backward(call);
+  try {
+    cuda::run_backward(call);
+  } catch (const cuda::AddedInPart&) {
+    tape.spent = true;
+    throw;
+  }
 }
 
 }  // namespace
@@ -366,15 +379,19 @@ PYBIND11_MODULE(_cuda, m, pybind11::mod_gil_not_used()) {
       if (p) std::rethrow_exception(p);
     } catch (const cuda::OutOfMemory& error) {
       PyErr_SetString(PyExc_MemoryError, error.what());
+    } catch (const cuda::AddedInPart& error) {
+      PyErr_SetString(error.out_of_memory ? PyExc_MemoryError : PyExc_RuntimeError, error.what());
     }
   });
 #if defined(FUSEDRNN_EMULATED)
   m.attr("EMULATED") = true;
+  m.def("fault_after", &emulated::fault_after, py::arg("launches"), "For tests: see emulation's cuda_runtime.h.");
 #else
   m.attr("EMULATED") = false;
 #endif
   m.attr("ARCHITECTURES") = FUSEDRNN_CUDA_ARCHITECTURES;
   m.def("device_count", &device_count);
+  m.def("expect_not_forked", &expect_not_forked);
   m.def("require_capable", &require_capable, py::arg("device"));
   m.def("current_device", [] {
     expect_not_forked();
@@ -411,7 +428,7 @@ PYBIND11_MODULE(_cuda, m, pybind11::mod_gil_not_used()) {
   py::class_<fusedrnn::bindings::PySpec>(m, "Spec").def(py::init(&make_typed_spec), py::arg("cell"), py::arg("dtype"),
                                                         py::arg("input_size"), py::arg("hidden_size"), py::arg("num_layers"),
                                                         py::arg("directions"), py::arg("bias"), py::arg("reverse"));
-  py::class_<PyTape>(m, "Tape").def_property_readonly("nbytes", &PyTape::bytes);
+  py::class_<PyTape>(m, "Tape").def_property_readonly("nbytes", &PyTape::bytes).def_readonly("spent", &PyTape::spent);
   m.def("forward", &fusedrnn::bindings::forward, py::arg("spec"), py::arg("device"), py::arg("stream"), py::arg("tf32"),
         py::arg("params"), py::arg("x"), py::arg("state").none(true), py::arg("lengths").none(true), py::arg("y"),
         py::arg("state_out"), py::arg("training"), py::arg("dropout"), py::arg("seed"));

@@ -114,7 +114,9 @@ const Library& library() {
 }
 
 void check_status(Status status, const char* call) {
-  if (status != 0) throw std::runtime_error(std::string("cuBLASLt: status ") + std::to_string(status) + " from " + call);
+  if (status == 0) return;
+  if (const cudaError_t code = cudaPeekAtLastError()) fail(code, call);  // what it met, and has no status for
+  throw std::runtime_error(std::string("cuBLASLt: status ") + std::to_string(status) + " from " + call + origin());
 }
 
 Handle handle_of(int device) {

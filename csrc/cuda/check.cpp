@@ -1,13 +1,38 @@
 #include "cuda/check.h"
 
 #include <atomic>
+#include <mutex>
 
 namespace fusedrnn::cuda {
 namespace {
+
 std::atomic<const char*> last_kernel{nullptr};
+std::mutex passes_mutex;
+Pass passes[2] = {};  // the last one, and the one before it; without a name: there was none
+
+std::string describe(const Pass& p) {
+  return std::string(p.name) + " of " + p.cell + " (" + p.dtype + ", T=" + std::to_string(p.T_) + ", B=" + std::to_string(p.B) +
+         ", H=" + std::to_string(p.H) + ", num_layers=" + std::to_string(p.layers) + ") on cuda:" + std::to_string(p.device);
+}
+
+}  // namespace
+
+void note_pass(const Pass& pass) {
+  const std::lock_guard<std::mutex> lock(passes_mutex);
+  passes[1] = passes[0], passes[0] = pass;
 }
 
 void note_launch(const char* kernel) { last_kernel.store(kernel, std::memory_order_relaxed); }
+
+std::string origin() {
+  const char* kernel = last_kernel.load(std::memory_order_relaxed);
+  if (!kernel) return "";
+  std::string text = std::string("; a kernel may fail long after its launch: the last one launched was ") + kernel;
+  const std::lock_guard<std::mutex> lock(passes_mutex);
+  if (passes[0].name) text += ", the last pass begun was " + describe(passes[0]);
+  if (passes[1].name) text += ", and before it " + describe(passes[1]);
+  return text;
+}
 
 bool is_refusal(cudaError_t code) {
   switch (code) {
@@ -25,11 +50,9 @@ bool is_refusal(cudaError_t code) {
 
 void fail(cudaError_t code, const char* call) {
   cudaGetLastError();  // what is not sticky must not fail the next call too
-  std::string text = std::string("CUDA: ") + cudaGetErrorName(code) + " (" + cudaGetErrorString(code) + ") from " + call;
+  const std::string text = std::string("CUDA: ") + cudaGetErrorName(code) + " (" + cudaGetErrorString(code) + ") from " + call;
   if (code == cudaErrorMemoryAllocation) throw OutOfMemory(code, text);
-  const char* kernel = last_kernel.load(std::memory_order_relaxed);
-  if (kernel) text += std::string("; the last kernel launched was ") + kernel + ", which may be where it happened";
-  throw Error(code, text);
+  throw Error(code, text + origin());
 }
 
 }  // namespace fusedrnn::cuda

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cuda_runtime.h>
+#include <stdint.h>
 
 #include <stdexcept>
 #include <string>
@@ -9,7 +10,7 @@
 namespace fusedrnn::cuda {
 
 // A call that CUDA refused. An asynchronous failure of a kernel surfaces at some later call: the text then also names
-// the kernel that was launched last.
+// the kernel that was launched last, and the passes that launched it and those before it.
 class Error : public std::runtime_error {
  public:
   Error(cudaError_t code, const std::string& text) : std::runtime_error(text), code(code) {}
@@ -21,8 +22,26 @@ class OutOfMemory : public Error {
   using Error::Error;
 };
 
+// What failed had begun to add to the caller's gradients: to do it again would add twice.
+class AddedInPart : public std::runtime_error {
+ public:
+  explicit AddedInPart(const std::runtime_error& why)
+      : std::runtime_error(std::string(why.what()) + "; accumulate_into has been added to in part, and must be made anew"),
+        out_of_memory(dynamic_cast<const OutOfMemory*>(&why) != nullptr) {}
+  const bool out_of_memory;
+};
+
 [[noreturn]] void fail(cudaError_t code, const char* call);
-void note_launch(const char* kernel);  // for the texts of later errors
+
+// For the texts of later errors.
+struct Pass {
+  const char *name, *cell, *dtype;
+  int device;
+  int64_t T_, B, H, layers;
+};
+void note_pass(const Pass& pass);
+void note_launch(const char* kernel);
+std::string origin();  // "; the last kernel launched was .."; empty if there was none
 
 // Whether it says that the driver turns down a launch as such. Then nothing was done, and another way may be tried.
 bool is_refusal(cudaError_t code);

@@ -4,6 +4,7 @@
 #include <mutex>
 
 #include "cuda/check.h"
+#include "cuda/memory.h"
 
 namespace fusedrnn::cuda {
 namespace {
@@ -19,25 +20,19 @@ Machine ask(int device) {
   FUSEDRNN_CUDA(cudaGetDeviceProperties(&properties, device));
   m.name = properties.name;
   m.major = get(cudaDevAttrComputeCapabilityMajor), m.minor = get(cudaDevAttrComputeCapabilityMinor);
-  if (m.major < 8)
-    throw Error(cudaErrorNotSupported, "fusedrnn needs a GPU of compute capability 8.0 or newer; device " +
-                                           std::to_string(device) + ", " + m.name + ", has " + std::to_string(m.major) + "." +
-                                           std::to_string(m.minor));
+  if (!m.is_capable()) return m;
   m.processors = get(cudaDevAttrMultiProcessorCount);
   m.shared_per_block = get(cudaDevAttrMaxSharedMemoryPerBlockOptin);
   m.shared_per_processor = get(cudaDevAttrMaxSharedMemoryPerMultiprocessor);
   m.registers = get(cudaDevAttrMaxRegistersPerMultiprocessor);
   m.l2_bytes = get(cudaDevAttrL2CacheSize);
   const int most = m.major >= 9 && get(cudaDevAttrClusterLaunch) ? 16 : 0;
-  int before = 0;  // what follows is asked of the current device
-  FUSEDRNN_CUDA(cudaGetDevice(&before));
-  FUSEDRNN_CUDA(cudaSetDevice(device));
+  const OnDevice here(device);  // of which what follows is asked
   for (int i = 1; 1 << i <= most; ++i) {
     m.clusters[i] = resident_clusters(1 << i, m.processors, int(m.shared_per_block));
     if (m.clusters[i] > 0) m.max_cluster = 1 << i;
   }
   if (get(cudaDevAttrCooperativeLaunch)) m.cooperative = resident_blocks(m.processors, int(m.shared_per_block));
-  FUSEDRNN_CUDA(cudaSetDevice(before));
   return m;
 }
 

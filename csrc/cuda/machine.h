@@ -10,7 +10,8 @@ namespace fusedrnn::cuda {
 
 struct Machine {
   std::string name;
-  int major = 0, minor = 0;          // compute capability
+  int major = 0, minor = 0;          // compute capability; of one that is not capable nothing else is known
+  bool is_capable() const { return major >= 8; }
   int processors = 0;                // streaming multiprocessors
   int64_t shared_per_block = 0;      // bytes, the most that a block may ask for
   int64_t shared_per_processor = 0;  // bytes
@@ -25,7 +26,7 @@ struct Machine {
 int resident_clusters(int blocks, int processors, int shared_bytes);
 int resident_blocks(int processors, int shared_bytes);
 
-Machine machine_of(int device);  // asked once; throws Error where it is missing or too old
+Machine machine_of(int device);  // asked once; throws Error where it is missing
 
 // From now on the device has no clusters of so many blocks, or for 0 no cooperative launches.
 void set_refused(int device, int cluster);

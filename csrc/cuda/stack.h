@@ -67,7 +67,8 @@ struct StackBackward {
 std::shared_ptr<Tape> run_forward(const StackForward& call, bool training);  // null for inference
 
 // Throws std::runtime_error, with nothing of the caller's written, if x or the weights are not what the tape was made from.
-// This waits for two checksums to come from the device, behind what computes them and all that was launched before.
+// This waits for two checksums to come from the device, behind what computes them and all that was launched before. Where
+// it adds, an error that comes after the first addition is an AddedInPart.
 void run_backward(const StackBackward& call);
 
 int64_t tape_bytes(const Tape& tape);

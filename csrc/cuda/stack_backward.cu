@@ -29,6 +29,7 @@ class BackwardPass {
                        w_.packing(), call_.stream);
     }
     if (w_.steps > 0) layers();
+    has_added_ = call_.adds;
     if (call_.dx.data && (!dx_packed_ || w_.steps == 0))
       scatter<T>(Work<T>::template strided<T>(call_.dx), dx_room_, spec_.I, spec_.I, call_.adds, w_.packing(), call_.stream);
     for (int s = 0; s < cell_.states; ++s) {
@@ -41,6 +42,9 @@ class BackwardPass {
             cudaMemcpyAsync(call_.dstate[s], dstate_[s], size_t(n) * sizeof(T), cudaMemcpyDeviceToDevice, call_.stream));
     }
   }
+
+  // Whether some of the gradients may have been added to the caller's already.
+  bool has_added() const { return has_added_; }
 
  private:
   struct PerDirection {
@@ -58,7 +62,7 @@ class BackwardPass {
     found_.emplace(now, call_.stream);
     expected_.emplace(tape_.sums, call_.stream);
   }
-  // Throws if they did.
+  // Throws if they did. Only then is anything of the caller's written.
   void check() {
     if (!found_) return;
     const auto &found = found_->wait(), &expected = expected_->wait();
@@ -115,6 +119,7 @@ class BackwardPass {
       BackwardArgs<T> args[2];
       for (int d = 0; d < spec_.D; ++d) args[d] = recur(l, d, dy, fork.of(d));
       check();
+      has_added_ = call_.adds;
       for (int d = 0; d < spec_.D && wants_weights_; ++d)
         weight_gradients(args[d], call_.dweights[l * spec_.D + d], own_[d], x, spec_.input_size(l), fork.of(d));
       fork.join();
@@ -177,6 +182,7 @@ class BackwardPass {
   const Work<T> w_;
   const bool drops_ = tape_.dropout > 0 && spec_.L > 1, wants_weights_ = !call_.dweights.empty();
   const bool dx_packed_ = w_.is_packed(call_.dx, spec_.I);
+  bool has_added_ = false;
 
   Arena arena_, sums_;
   std::optional<Arriving> found_, expected_;  // checksums
@@ -206,8 +212,19 @@ struct TapeUse {
 void run_backward(const StackBackward& call) {
   const OnDevice here(call.device);
   require_no_capture(call.stream);
-  const TapeUse use(*call.tape, call.stream);
-  with_type(call.dtype, [&](auto t) { BackwardPass<decltype(t)>(call).run(); });
+  const Tape& tape = *call.tape;
+  note_pass({"backward", call.spec.info().name, name_of(call.dtype), call.device, tape.T_, int64_t(tape.order.from.size()),
+             call.spec.H, call.spec.L});
+  const TapeUse use(tape, call.stream);
+  with_type(call.dtype, [&](auto t) {
+    BackwardPass<decltype(t)> pass(call);
+    try {
+      pass.run();
+    } catch (const std::runtime_error& error) {
+      if (!pass.has_added()) throw;
+      throw AddedInPart(error);
+    }
+  });
 }
 
 }  // namespace fusedrnn::cuda

@@ -9,13 +9,13 @@ import numpy as np
 
 from ._device_interop import place
 from ._tape import Grads
-from ._typing import Array, FloatArray
+from ._typing import Array, HostArray
 
 _BLOCK = 4096  # elements converted to float64 at once
 
 
 def clip_grad_norm(
-    grads: Grads[Any] | FloatArray | Iterable[Grads[Any] | FloatArray], max_norm: float
+    grads: Grads[Any] | HostArray | Iterable[Grads[Any] | HostArray], max_norm: float
 ) -> float:
     """Scale gradients in place so that their norm is at most max_norm, and return the norm that they had.
 

@@ -228,6 +228,7 @@ class DeviceArray:
     ) -> Any:
         if dl_device is not None and tuple(dl_device) != self.__dlpack_device__():
             raise BufferError(f"DeviceArray: is on {self.device} and not copied to another device")
+        module().expect_not_forked()
         array = self.copy() if copy else self
         if stream == -1:  # the consumer orders the streams itself
             array._memory.used_elsewhere()

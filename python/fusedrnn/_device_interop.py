@@ -33,9 +33,10 @@ def place(value: Any) -> str | None:
     if interface is None:
         return None
     try:
-        return f"cuda:{module().device_of(interface['data'][0])}"
+        cuda = module()
     except RuntimeError:  # without kernels there is no telling which
         return "a GPU"
+    return f"cuda:{cuda.device_of(interface['data'][0])}"
 
 
 def taken(where: str, name: str, value: Any, stream: int) -> DeviceArray:
@@ -50,6 +51,7 @@ def taken(where: str, name: str, value: Any, stream: int) -> DeviceArray:
                 f"{where}: {name} must have dtype float32, float64, float16 or bfloat16, "
                 f"got {getattr(value, 'dtype', 'another')}; convert it in its own library"
             )
+        _expect_aligned(where, name, held.pointer, held.strides, dtype)
         shadow = cuda.shadow(
             held, held.pointer, held.shape, held.strides, _dtypes.bits(dtype), held.writeable
         )
@@ -62,15 +64,30 @@ def taken(where: str, name: str, value: Any, stream: int) -> DeviceArray:
             "convert it in its own library"
         )
     pointer, read_only = interface["data"]
+    strides = interface.get("strides")
+    _expect_aligned(where, name, pointer, strides, dtype)
     index = cuda.device_of(pointer)
-    shadow = cuda.shadow(
-        value, pointer, interface["shape"], interface.get("strides"), dtype, not read_only
-    )
-    written_on = interface.get("stream")
-    memory = Memory(value, index, stream if written_on is None else 0 if written_on == 1 else written_on)
+    shadow = cuda.shadow(value, pointer, interface["shape"], strides, dtype, not read_only)
+    written_on = _stream_of(interface)
+    memory = Memory(value, index, stream if written_on is None else written_on)
     memory.order(stream)
     memory.stream = stream
     return DeviceArray(shadow, dtype, memory)
+
+
+def _expect_aligned(where: str, name: str, pointer: int, strides: Any, dtype: Any) -> None:
+    """The kernels read whole elements: a pointer between two of them is a fault that no GPU recovers from."""
+    if pointer % dtype.itemsize or any(stride % dtype.itemsize for stride in strides or ()):
+        raise ValueError(
+            f"{where}: {name} must be aligned to its elements of {dtype.itemsize} bytes, "
+            f"got address {pointer:#x} and strides {strides}"
+        )
+
+
+def _stream_of(interface: dict[str, Any]) -> int | None:
+    """The stream that a __cuda_array_interface__ says its array is ready on; None where it says nothing."""
+    stream = interface.get("stream")
+    return 0 if stream == 1 else stream  # 1 is the legacy default stream there, 0 is not allowed
 
 
 def _capsule(where: str, name: str, value: Any, stream: int) -> Any:
@@ -81,6 +98,8 @@ def _capsule(where: str, name: str, value: Any, stream: int) -> Any:
         except TypeError:  # made before DLPack 1.0
             return value.__dlpack__(**options)
     except (BufferError, RuntimeError, TypeError) as error:
+        if "CUDA" in str(error):  # it has failed, and says why
+            raise
         raise TypeError(f"{where}: {name} cannot be taken from its library: {error}") from None
 
 
@@ -100,16 +119,25 @@ def library(value: Any, index: int) -> Library:
         return Library(lambda a: a._host().view(ml_dtype) if ml_dtype else a._host(), 0, host=True)
     if isinstance(value, DeviceArray):
         return Library(lambda a: a, value._memory.stream)
-    name = type(value).__module__.partition(".")[0]
-    owner: Any = sys.modules.get(name)
+    name, owner = _owner(value)
     stream = 0
-    if name == "torch" and not emulated():
-        current = owner.cuda.current_stream(index)
-        stream = StreamHandle(current.cuda_stream, current)
+    if name == "torch":
+        if not emulated():
+            current = owner.cuda.current_stream(index)
+            stream = StreamHandle(current.cuda_stream, current)
     elif name == "cupy":
-        current = owner.cuda.get_current_stream()
+        current = owner.cuda.get_current_stream(index)
         stream = StreamHandle(current.ptr, current)
+    elif handle := _stream_of(getattr(value, "__cuda_array_interface__", {})):
+        stream = StreamHandle(handle, value)
     if hasattr(value, "__array_namespace__"):
         owner = value.__array_namespace__()
     give = getattr(owner, "from_dlpack", None) if isinstance(owner, ModuleType) else None
     return Library(give or (lambda a: a), stream, waits=name not in ("torch", "cupy"))
+
+
+def _owner(value: Any) -> tuple[str, Any]:
+    """The library that an array's class, or one that it inherits from, is of: its name, its module."""
+    names = [kind.__module__.partition(".")[0] for kind in type(value).__mro__]
+    name = next((known for known in ("torch", "cupy") if known in names), names[0])
+    return name, sys.modules.get(name)

@@ -16,7 +16,7 @@ from . import _check, _cuda_module, _device, _device_interop, _host
 from ._config import CELLS, Config, gru_cell as _gru_name, rnn_cell as _rnn_name
 from ._device_call import Call
 from ._params import Layout
-from ._stack import ALL, STATES, Stack, States, stack_on
+from ._stack import ALL, STATES, Stack, stack_on
 from ._tape import FunctionalGrads, Tape
 from ._typing import Array, FloatArray, Lengths, Wrt
 
@@ -93,7 +93,7 @@ class _Form:
         cell: str,
         x: Any,
         weights: Weights,
-        states: States,
+        states: Any,
         lengths: Any,
         reverse: bool,
         out: Any,
@@ -103,15 +103,11 @@ class _Form:
         if type(x) is not ndarray and on is _host and (call := _of_device(self.where, "x", x)):
             return self._on_device(call, cell, x, weights, states, lengths, reverse, out, training)
         stack, checked = self.prepare(cell, x, weights, reverse, on)
-        ready = tuple([on.ready(w) for w in checked])
-        y, final, tape = stack.forward(ready, x, states, lengths, out, training=training)
-        if tape is None:
-            return y, *final
-        tape._weights = checked  # the caller's own arrays, so that a change to them is seen
-        return y, *final, tape
+        y, final, tape = stack.forward(checked, x, states, lengths, out, training=training)
+        return (y, *final) if tape is None else (y, *final, tape)
 
     def _on_device(
-        self, call: Any, cell: str, x: Any, weights: Weights, states: States, lengths: Any, reverse: bool,
+        self, call: Any, cell: str, x: Any, weights: Weights, states: Any, lengths: Any, reverse: bool,
         out: Any, training: bool,
     ) -> tuple[Any, ...]:  # fmt: skip
         """`run` for the arrays of any library on a GPU, whose results are that library's."""
@@ -125,7 +121,7 @@ class _Form:
             return call.give(y) if out is None else out, *map(call.give, final), *tape
 
     def backward(
-        self, tape: Any, dy: Any, dstates: States, wrt: Wrt, retain: bool, into: FunctionalGrads | None
+        self, tape: Any, dy: Any, dstates: Any, wrt: Wrt, retain: bool, into: FunctionalGrads | None
     ) -> FunctionalGrads:
         where = self.where
         if not isinstance(tape, Tape):
@@ -136,7 +132,7 @@ class _Form:
         return stack.backward(tape, dy, dstates, wrt, retain, into, FunctionalGrads)
 
     def step(
-        self, cell: str, x_t: Any, weights: Weights, states: States, on: Any = _host
+        self, cell: str, x_t: Any, weights: Weights, states: Any, on: Any = _host
     ) -> tuple[Any, ...]:
         """A sequence of one step."""
         where = self.where
@@ -150,10 +146,10 @@ class _Form:
         if x_t.ndim not in (1, 2) or x_t.shape[-1] != stack.inputs:
             raise _check.shape_error(where, "x_t", f"(B, {stack.inputs}) or ({stack.inputs},)", x_t.shape)
         batched = x_t.ndim == 2
-        stack.kernel_states(
+        stack.checked_states(
             ("h", "c"), states, len(x_t) if batched else 1, batched
         )  # errors by their names here
-        _, final, _ = stack.forward(tuple([on.ready(w) for w in checked]), x_t[None], states, None, None)
+        _, final, _ = stack.forward(checked, x_t[None], states, None, None)
         return final
 
 
@@ -174,6 +170,9 @@ def lstm(
     out: Array | None = None,
 ) -> tuple[Array, Array, Array]:
     """An LSTM layer in one direction, for inference; equations and gate order (i, f, g, o) are in `LSTM`.
+
+    Runs on the CPU for numpy's arrays. For arrays on a GPU (of PyTorch, CuPy, JAX; `DeviceArray`) it runs
+    there, also in float16 and bfloat16, and answers in their kind; `lengths` are on the host.
 
     Parameters
     ----------
@@ -341,8 +340,8 @@ def gru_cell(
     reset_after: bool = True,
 ) -> Array:
     """One GRU step: x_t (B, I) and h (B, H), or (I,) and (H,), to the next h. See `gru`."""
-    (h,) = _GRU.step(_gru_name(reset_after), x_t, (w_ih, w_hh, b_ih, b_hh), (h,))
-    return h
+    (after,) = _GRU.step(_gru_name(reset_after), x_t, (w_ih, w_hh, b_ih, b_hh), (h,))
+    return after  # type: ignore[no-any-return]
 
 
 def rnn(
@@ -406,5 +405,5 @@ def rnn_cell(
     nonlinearity: Literal["tanh", "relu"] = "tanh",
 ) -> Array:
     """One RNN step: x_t (B, I) and h (B, H), or (I,) and (H,), to the next h. See `rnn`."""
-    (h,) = _RNN.step(_rnn_name(nonlinearity), x_t, (w_ih, w_hh, b_ih, b_hh), (h,))
-    return h
+    (after,) = _RNN.step(_rnn_name(nonlinearity), x_t, (w_ih, w_hh, b_ih, b_hh), (h,))
+    return after  # type: ignore[no-any-return]

@@ -316,7 +316,8 @@ class LSTM(Layer[tuple[Array, Array]]):
     device : "cpu", "cuda" or "cuda:N"
         Where the parameters are and the kernels run. On a GPU a call takes numpy arrays, which it copies
         there and whose results it copies back, or arrays on that GPU (of PyTorch, CuPy, JAX; `DeviceArray`),
-        which it uses without a copy on their library's current stream and answers in kind.
+        which it uses without a copy and answers in kind. With PyTorch's and CuPy's it runs on their current
+        stream and returns at once; with other libraries' it waits for the GPU. `lengths` are on the host.
 
     Raises
     ------

@@ -74,7 +74,8 @@ class Stack:
     ) -> tuple[Array, tuple[Array, ...], Tape | None]:
         """y, the final states and, of a training forward, the tape.
 
-        `weights` are C-contiguous; `flat`, where there is one, is the buffer that they are all in.
+        `weights` are C-contiguous, but a functional form's; `flat`, where there is one, is the buffer that
+        they are all in. Nothing is copied or launched before all is checked.
         """
         where, dtype, on = self.where, self.dtype, self.on
         x = on.array(where, "x", x, dtype)
@@ -85,7 +86,7 @@ class Stack:
             raise _check.shape_error(where, "x", order.format(self.inputs), shape)
         x = self._time_major(x, batched)
         steps, batch, _ = x.shape
-        kernel_states = self.kernel_states(STATES, states, batch, batched)
+        checked_states = self.checked_states(STATES, states, batch, batched)
         given_lengths = lengths
         if lengths is not None:
             lengths = on.lengths(where, lengths, steps, (batch,) if batched else ())
@@ -101,9 +102,9 @@ class Stack:
         _core.set_local_threads(local_threads())
         kernel_tape = on.forward(
             self.spec,
-            weights,
+            tuple([on.ready(w) for w in weights]) if self.functional else weights,
             x,
-            kernel_states,
+            self._ready(checked_states, batch),
             lengths,
             self._time_major(y, batched),
             self._kernel_shaped(final, batch),
@@ -141,7 +142,7 @@ class Stack:
             y_shape = self._caller_shape(steps, batch, self.width, batched)
             dy = on.shaped(where, "dy", dy, self.dtype, y_shape)
             dy = self._time_major(dy, batched)
-        dstates = self.kernel_states(FINAL_GRADS, dstates, batch, batched)
+        dstates = self.checked_states(FINAL_GRADS, dstates, batch, batched)
         if dy is None and dstates is None:
             raise ValueError(f"{where}: dy or a gradient of the final state must be given, got None for all")
 
@@ -166,14 +167,16 @@ class Stack:
                 kernel_tape,
                 x,
                 dy,
-                dstates,
+                self._ready(dstates, batch),
                 self._time_major(grads.x, batched) if want_x else None,
                 self._kernel_shaped(grads._states, batch) if want_state and grads._states else None,
                 self.layout.views(grads.flat) if want_params else None,
                 into is not None,
             )
         except BaseException:
-            if not retain:
+            if getattr(kernel_tape, "spent", False):
+                tape._close()
+            elif not retain:
                 tape._unclaim()
             raise
         if not retain:
@@ -198,21 +201,29 @@ class Stack:
     def unpack_states(self, states: tuple[Array, ...]) -> Any:
         return states if len(states) > 1 else states[0]
 
-    def kernel_states(
+    def kernel_states(self, names: tuple[str, ...], states: States | None, batch: int) -> States | None:
+        """Checked states, C-contiguous and (L*D, B, H); None where all are zeros."""
+        return self._ready(self.checked_states(names, states, batch), batch)
+
+    def checked_states(
         self, names: tuple[str, ...], states: States | None, batch: int, batched: bool = True
     ) -> States | None:
-        """Checked states, C-contiguous and (L*D, B, H); None where all are zeros."""
         if states is None or all([state is None for state in states]):
             return None
-        on, shape = self.on, self._state_shape(batch, batched)
-        taken: list[Array | None] = []
-        for name, state in zip(names, states, strict=False):
-            if state is not None:
-                state = on.ready(on.shaped(self.where, name, state, self.dtype, shape))
-                if len(shape) != 3:
-                    state = state.reshape(self.rows, batch, self.hidden)
-            taken.append(state)
-        return tuple(taken)
+        check, shape = self.on.shaped, self._state_shape(batch, batched)
+        return tuple(
+            [
+                None if state is None else check(self.where, name, state, self.dtype, shape)
+                for name, state in zip(names, states, strict=False)
+            ]
+        )
+
+    def _ready(self, states: States | None, batch: int) -> States | None:
+        if states is None:
+            return None
+        ready, shape = self.on.ready, (self.rows, batch, self.hidden)
+        taken = [None if state is None else ready(state) for state in states]
+        return tuple([s if s is None or s.ndim == 3 else s.reshape(shape) for s in taken])
 
     # The caller's shapes and the kernels'
 

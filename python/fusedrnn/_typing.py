@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, Protocol, TypeAlias, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
-#: What comes back: an array of the layer's dtype.
+
+class GpuArray(Protocol):
+    """An array on a GPU: PyTorch's, CuPy's, JAX's, a `DeviceArray`."""
+
+    @property
+    def __cuda_array_interface__(self) -> Any: ...
+
+
+#: What comes back: an array of the layer's dtype, numpy's where numpy's came in.
 Array: TypeAlias = npt.NDArray[Any]
-#: What goes in: one of the two dtypes that the kernels know.
-FloatArray: TypeAlias = npt.NDArray[np.float32] | npt.NDArray[np.float64]
+#: What goes in: one of the dtypes that the kernels know; float16 for layers on a GPU.
+FloatArray: TypeAlias = npt.NDArray[np.float32] | npt.NDArray[np.float64] | npt.NDArray[np.float16] | GpuArray
+HostArray: TypeAlias = npt.NDArray[np.float32] | npt.NDArray[np.float64]
 Lengths: TypeAlias = npt.NDArray[np.integer[Any]] | Sequence[int] | int
 Wrt: TypeAlias = Collection[str]  # of "x", "state", "params"
 

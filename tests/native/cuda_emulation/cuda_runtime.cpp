@@ -4,6 +4,7 @@
 #include <string.h>
 
 #include <algorithm>
+#include <atomic>
 #include <chrono>
 #include <memory>
 #include <mutex>
@@ -40,18 +41,29 @@ cudaError_t result(cudaError_t error) {
   return error;
 }
 
+size_t number(const char* variable, size_t otherwise) {
+  const char* text = getenv(variable);
+  return text ? strtoull(text, nullptr, 10) : otherwise;
+}
+// What machine this is.
+const int gpus = int(number("FUSEDRNN_EMULATED_GPUS", 1)), driver = int(number("FUSEDRNN_EMULATED_DRIVER", 13000)),
+          capability = int(number("FUSEDRNN_EMULATED_CAPABILITY", 90));
+
 size_t limit = 0;
 size_t total_memory() {
   if (limit > 0) return limit;
-  static const size_t bytes = [] {
-    const char* text = getenv("FUSEDRNN_EMULATED_MEMORY");
-    return text ? strtoull(text, nullptr, 10) : size_t(8) << 30;
-  }();
+  static const size_t bytes = number("FUSEDRNN_EMULATED_MEMORY", size_t(8) << 30);
   return bytes;
 }
 size_t used = 0;
 
+// After so many launches one is at fault: it is launched, and from then on all calls fail. Below 0: none is.
+std::atomic<int> launches_until_fault{-1};
+std::atomic<bool> at_fault{false};
+cudaError_t status() { return at_fault ? result(cudaErrorIllegalAddress) : cudaSuccess; }
+
 cudaError_t on_stream(cudaStream_t stream, std::function<void()> work) {
+  if (const cudaError_t failed = status()) return failed;
   if (stream && stream->graph)
     stream->graph->work.push_back(std::move(work));
   else
@@ -64,6 +76,7 @@ cudaError_t on_stream(cudaStream_t stream, std::function<void()> work) {
 namespace emulated {
 
 void limit_memory(size_t bytes) { limit = bytes; }
+void fault_after(int launches) { launches_until_fault = launches, at_fault = false, last = cudaSuccess; }
 
 static bool no_clusters = false, no_cooperative = false;
 void refuse(bool clusters, bool cooperative) { no_clusters = clusters, no_cooperative = cooperative; }
@@ -86,7 +99,9 @@ cudaError_t run_on_stream(const cudaLaunchConfig_t& config, std::function<void()
     return result(cudaErrorInvalidValue);
   if (c.clusters && no_clusters) return result(cudaErrorInvalidClusterSize);
   if (c.resident && no_cooperative) return result(cudaErrorCooperativeLaunchTooLarge);
-  return on_stream(config.stream, [c, kernel] { launch("a kernel", c, kernel); });
+  const cudaError_t launched = on_stream(config.stream, [c, kernel] { launch("a kernel", c, kernel); });
+  if (launches_until_fault >= 0 && launches_until_fault-- == 0) at_fault = true;
+  return launched;
 }
 
 }  // namespace emulated
@@ -103,6 +118,8 @@ const char* cudaGetErrorName(cudaError_t e) {
       return "cudaErrorInvalidDevice";
     case cudaErrorNotReady:
       return "cudaErrorNotReady";
+    case cudaErrorIllegalAddress:
+      return "cudaErrorIllegalAddress";
     default:
       return "cudaErrorUnknown";
   }
@@ -119,6 +136,8 @@ const char* cudaGetErrorString(cudaError_t e) {
       return "invalid device ordinal";
     case cudaErrorNotReady:
       return "device not ready";
+    case cudaErrorIllegalAddress:
+      return "an illegal memory access was encountered";
     default:
       return "unknown error";
   }
@@ -130,7 +149,12 @@ cudaError_t cudaGetLastError() {
 }
 cudaError_t cudaPeekAtLastError() { return last; }
 
-cudaError_t cudaGetDeviceCount(int* n) { return *n = 1, cudaSuccess; }
+cudaError_t cudaGetDeviceCount(int* n) {
+  *n = 0;
+  if (driver < 13000) return result(cudaErrorInsufficientDriver);
+  if (gpus == 0) return result(cudaErrorNoDevice);
+  return *n = gpus, cudaSuccess;
+}
 cudaError_t cudaGetDevice(int* d) { return *d = 0, cudaSuccess; }
 cudaError_t cudaSetDevice(int d) { return result(d == 0 ? cudaSuccess : cudaErrorInvalidDevice); }
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr what, int device) {
@@ -149,10 +173,10 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr what, int device) 
       *value = 50 << 20;
       break;
     case cudaDevAttrComputeCapabilityMajor:
-      *value = 9;
+      *value = capability / 10;
       break;
     case cudaDevAttrComputeCapabilityMinor:
-      *value = 0;
+      *value = capability % 10;
       break;
     case cudaDevAttrMaxSharedMemoryPerMultiprocessor:
       *value = 228 << 10;
@@ -181,8 +205,8 @@ cudaError_t cudaGetDeviceProperties(cudaDeviceProp* p, int device) {
   p->sharedMemPerBlockOptin = 227 << 10, p->sharedMemPerMultiprocessor = 228 << 10, p->regsPerMultiprocessor = 65536;
   return cudaSuccess;
 }
-cudaError_t cudaDeviceSynchronize() { return cudaSuccess; }
-cudaError_t cudaDriverGetVersion(int* v) { return *v = 13000, cudaSuccess; }
+cudaError_t cudaDeviceSynchronize() { return status(); }
+cudaError_t cudaDriverGetVersion(int* v) { return *v = driver, cudaSuccess; }
 cudaError_t cudaRuntimeGetVersion(int* v) { return *v = 13000, cudaSuccess; }
 cudaError_t cudaMemGetInfo(size_t* free, size_t* total) {
   const std::lock_guard<std::mutex> lock(mutex);
@@ -191,7 +215,7 @@ cudaError_t cudaMemGetInfo(size_t* free, size_t* total) {
 
 cudaError_t cudaStreamCreateWithFlags(cudaStream_t* s, unsigned) { return *s = new CUstream_st, cudaSuccess; }
 cudaError_t cudaStreamDestroy(cudaStream_t s) { return delete s, cudaSuccess; }
-cudaError_t cudaStreamSynchronize(cudaStream_t s) { return result(s && s->graph ? cudaErrorInvalidValue : cudaSuccess); }
+cudaError_t cudaStreamSynchronize(cudaStream_t s) { return s && s->graph ? result(cudaErrorInvalidValue) : status(); }
 cudaError_t cudaStreamQuery(cudaStream_t) { return cudaSuccess; }
 cudaError_t cudaStreamWaitEvent(cudaStream_t s, cudaEvent_t e, unsigned) {
   if (e->graph) {
@@ -209,7 +233,7 @@ cudaError_t cudaEventRecord(cudaEvent_t e, cudaStream_t s) {
   return cudaSuccess;
 }
 cudaError_t cudaEventQuery(cudaEvent_t) { return cudaSuccess; }
-cudaError_t cudaEventSynchronize(cudaEvent_t) { return cudaSuccess; }
+cudaError_t cudaEventSynchronize(cudaEvent_t) { return status(); }
 cudaError_t cudaEventElapsedTime(float* ms, cudaEvent_t a, cudaEvent_t b) {
   return *ms = std::chrono::duration<float, std::milli>(b->time - a->time).count(), cudaSuccess;
 }
@@ -245,6 +269,7 @@ cudaError_t cudaGraphExecDestroy(cudaGraphExec_t g) { return delete g, cudaSucce
 
 cudaError_t cudaMalloc(void** p, size_t n) {
   const std::lock_guard<std::mutex> lock(mutex);
+  if (const cudaError_t failed = status()) return failed;
   if (n == 0) return *p = nullptr, cudaSuccess;
   if (used + n > total_memory() || !(*p = aligned_alloc(256, (n + 255) / 256 * 256))) return result(cudaErrorMemoryAllocation);
   memset(*p, 0xff, n);

@@ -73,11 +73,13 @@ enum cudaError_t {
   cudaSuccess = 0,
   cudaErrorInvalidValue = 1,
   cudaErrorMemoryAllocation = 2,
+  cudaErrorInitializationError = 3,
   cudaErrorInvalidConfiguration = 9,
   cudaErrorInsufficientDriver = 35,
   cudaErrorNoDevice = 100,
   cudaErrorInvalidDevice = 101,
   cudaErrorNotReady = 600,
+  cudaErrorIllegalAddress = 700,
   cudaErrorLaunchOutOfResources = 701,
   cudaErrorLaunchFailure = 719,
   cudaErrorCooperativeLaunchTooLarge = 720,
@@ -237,7 +239,9 @@ enum cudaFuncAttribute {
   cudaFuncAttributeNonPortableClusterSizeAllowed = 14
 };
 namespace emulated {
+// FUSEDRNN_EMULATED_GPUS (1), .._DRIVER (13000) and .._CAPABILITY (90) in the environment make it another machine.
 void limit_memory(size_t bytes);  // of the device; 0: as FUSEDRNN_EMULATED_MEMORY says, or 8 GiB
+void fault_after(int launches);   // then one is at fault, and every later call fails; below 0: none, and all is well again
 // What the driver says no to from now on, when it is asked for room as when it is to launch.
 void refuse(bool clusters, bool cooperative);
 bool refuses_clusters();
