@@ -53,7 +53,10 @@ struct Backward {
       }
     }
     if (begin > 0) return;
-    product<0>(-1, last, [&](int64_t j, int64_t b, const T* grad) { V::load(grad).store(a.carry[0] + j * padded + b * L); });
+    product<0>(-1, last, [&](int64_t j, int64_t b0, int64_t b1, const T* grad) {
+      T* const to = a.carry[0] + j * padded + b0 * L;
+      for (int64_t b = 0; b < b1 - b0; ++b) V::load(grad + b * L).store(to + b * L);
+    });
     finish_carry();
   }
 
@@ -83,12 +86,15 @@ struct Backward {
   // Phase 0: dL/dh_t = dy + carry + what step s + 1 sends back, then the cell. Later phases: an operand's gradient.
   template <int q>
   FUSEDRNN_INLINE void step(int64_t s, int64_t next, int64_t now) const {
-    product<q>(s, q == 0 ? next : now, [&](int64_t j, int64_t b, const T* grad) {
-      int width = block_width<T>(H, b);
-      if (width == L)
-        cell<q, true>(s, now, j, b, width, grad);
-      else
-        cell<q, false>(s, now, j, b, width, grad);
+    product<q>(s, q == 0 ? next : now, [&](int64_t j, int64_t b0, int64_t b1, const T* grad) {
+      const RowAt at(*this, s, now, j);
+      for (int64_t b = b0; b < b1; ++b, grad += L) {
+        const int width = block_width<T>(H, b);
+        if (width == L)
+          cell<q, true>(at, b, width, grad);
+        else
+          cell<q, false>(at, b, width, grad);
+      }
     });
     share.wait();
     if constexpr (q + 1 < Cell::phases) step<q + 1>(s, next, now);
@@ -146,8 +152,8 @@ struct Backward {
     t.cin_block = cin_block;
   }
 
-  // Calls then(j, b, grad) for every running row and block of the share, where grad holds the gradient of the operand
-  // of the matching forward phase: W_hh^T times the slots' gradients at rows `from`, on top of the carry when q = 0.
+  // Calls then(j, b0, b1, grad) for every running row and a few blocks of the share, where grad holds the gradient of the
+  // operand of the matching forward phase: W_hh^T times the slots' gradients at rows `from`, on top of the carry when q = 0.
   template <int q, class Then>
   FUSEDRNN_INLINE void product(int64_t s, int64_t from, Then then) const {
     constexpr int p = q == 0 ? 0 : Cell::phases - q;
@@ -201,36 +207,48 @@ struct Backward {
             const T* const follows = cut && i + 1 < row.pieces ? panel : after;
             return share_of_next<T, 1>(follows, t.b_block, piece.segments * t.k, b1 - b0, cut ? tile : i);
           });
-          for (int r = 0; r < n; ++r)
-            for (int64_t b = b0; b < b1; ++b) then(share.row(i0 + r), b, batch.result(r) + (b - b0) * L);
+          for (int r = 0; r < n; ++r) then(share.row(i0 + r), b0, b1, batch.result(r));
         }
       }
     }
   }
 
+  // Where the cells of row j at step s have what they need, from the first hidden unit on. Found once for several blocks:
+  // the compiler cannot know that what is stored meanwhile changes none of it.
+  struct RowAt {
+    const T *dy, *h, *h_prev, *saved;
+    T *gates, *carry[Cell::states];
+    const ptrdiff_t gates_block;
+    FUSEDRNN_INLINE RowAt(const Backward& w, int64_t s, int64_t now, int64_t j)
+        : dy(w.a.dy.base ? w.a.dy.at(s, j) : nullptr), h(w.f.y.at(s, j)), h_prev(w.forward.h_prev(s, j)),
+          saved(w.forward.saved(s, j, 0)), gates(w.gates(0, now + j)), gates_block(w.a.gates_block) {
+      for (int i = 0; i < Cell::states; ++i) carry[i] = w.a.carry[i] + j * w.padded;
+    }
+  };
+
   template <int q, bool full>
-  FUSEDRNN_INLINE void cell(int64_t s, int64_t now, int64_t j, int64_t b, int width, const T* product) const {
+  FUSEDRNN_INLINE void cell(const RowAt& at, int64_t b, int width, const T* product) const {
     const Lanes<T, full> lanes{width};
     constexpr Span operand = Cell::recurrent[q == 0 ? 0 : Cell::phases - q];  // of this phase's product
     const int64_t u = b * L;
     V slot[Cell::slots], carry[Cell::states], save[Cell::saved + 1];
     V grad = V::load(product);
-    if (q == 0 && a.dy.base) grad = grad + lanes.load(a.dy.at(s, j) + u);
+    if (q == 0 && at.dy) grad = grad + lanes.load(at.dy + u);
 #pragma GCC unroll 8
-    for (int i = 0; i < Cell::states; ++i) carry[i] = V::load(a.carry[i] + j * padded + u);
-    const T* saved = forward.saved(s, j, b);
+    for (int i = 0; i < Cell::states; ++i) carry[i] = V::load(at.carry[i] + u);
+    const T* const saved = at.saved + u * Cell::saved;
 #pragma GCC unroll 8
     for (int i = 0; i < Cell::saved; ++i) save[i] = lanes.load(saved + i * lanes.stride());
-    T* to = gates(b, now + j);
+    T* const to = at.gates + b * at.gates_block;
 #pragma GCC unroll 8
     for (int i = 0; i < Cell::slots; ++i) slot[i] = q == 0 ? V(T(0)) : V::load(to + i * L);
-    Cell::template backward<q>(grad, slot, carry, save, lanes.load(f.y.at(s, j) + u), lanes.load(forward.h_prev(s, j) + u));
+    Cell::template backward<q>(grad, slot, carry, save, lanes.load(at.h + u), lanes.load(at.h_prev + u));
 #pragma GCC unroll 8
     for (int i = 0; i < Cell::slots; ++i)
       if (q == 0 || i < operand.first || i >= operand.first + operand.count)  // not those that other threads still read
         lanes.clear_rest(slot[i]).store(to + i * L);
 #pragma GCC unroll 8
-    for (int i = 0; i < Cell::states; ++i) carry[i].store(a.carry[i] + j * padded + u);
+    for (int i = 0; i < Cell::states; ++i) carry[i].store(at.carry[i] + u);
   }
 
   // The rows of a chunk, in the order in which the loop met them.
@@ -399,6 +417,7 @@ struct Backward {
           batch.a[r] = gates(0, this->batch + before + j) + Cell::input.first * L;
           batch.cin[r] = f.zeros;
           batch.out[r] = a.dx.at(s, j) + n0 * L;
+          prefetch<true>(batch.out[r], width);
         }
         const T* const panel = a.w_ih_t + n0 * a.ih_block;
         run_batch(batch, n, t, panel, blocks, piece.segments, [&](int64_t tile) {
