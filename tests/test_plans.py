@@ -150,6 +150,17 @@ def test_chunks_of_backward_and_the_blocks_of_its_reductions(cell, dtype):
             assert_same_bits(run(call), want)
 
 
+@pytest.mark.parametrize("cell", ["lstm", "gru_reset_before"])
+def test_calls_that_try_one_thread_and_two(cell):
+    """Of a size for which the model sees little between them: of 40 calls the tuner tries both ways with 24."""
+    call = draw(Case(cell, "float32", 100, 1, 64, 64))
+    with fr.num_threads(1):
+        want = run(call)
+    with fr.num_threads(2):
+        for _ in range(40):
+            assert_same_bits(run(call), want)
+
+
 def test_trace_prints_the_plan_and_the_estimate_beside_the_time():
     code = (
         "import numpy as np, fusedrnn as fr; layer = fr.GRU(5, 7, num_layers=2, seed=0); "

@@ -13,6 +13,7 @@
 #include "cpu/dispatch.h"
 #include "cpu/plan.h"
 #include "cpu/threads.h"
+#include "cpu/tuned_call.h"
 #include "spec.h"
 
 namespace fusedrnn {
@@ -34,13 +35,15 @@ std::vector<LayerSize> layer_sizes(const Spec& spec, int64_t T_, int64_t B) {
 // The threads of a call in teams: one team for all, one for each direction, or one for some neighbouring layers each.
 class Crew {
  public:
-  // `make_plan` makes the plan of a layer, and `make_wave` that of the stack, for a number of threads.
+  // `make_plan` makes the plan of a layer, and `make_wave` that of the stack, for a number of threads; `sizes` and `pass`,
+  // which is another number for each kind of pass, tell all that its time depends on.
   template <class MakePlan, class MakeWave>
-  Crew(const Spec& spec, MakePlan make_plan, MakeWave make_wave)
-      : L_(int(spec.L)), D_(spec.D), lease_(most_threads(spec, make_plan, make_wave)), threads_(lease_.size()) {
+  Crew(const Spec& spec, const std::vector<LayerSize>& sizes, int pass, MakePlan make_plan, MakeWave make_wave)
+      : L_(int(spec.L)), D_(spec.D), wanted_(most_threads(spec, sizes, pass, make_plan, make_wave)), lease_(wanted_),
+        threads_(lease_.size()) {
     if (D_ == 1 && L_ > 1 && threads_ > 1) wave_ = make_wave(threads_);
     teams_ = D_ == 2 && threads_ >= 2 ? 2 : wave_.teams;
-    for (int l = 0; l < L_; ++l) plans_.push_back(make_plan(l, threads_ / teams_));
+    for (int l = 0; l < L_; ++l) plans_.push_back(make_plan(l, threads_ / teams_, several_));
     all_.reset(threads_, lease_.crowded());
     for (int i = 0; i < L_ * D_; ++i) {
       const Plan& plan = plans_[i / D_];
@@ -51,6 +54,9 @@ class Crew {
     progress_ = std::make_unique<Progress[]>(L_);
     for (int l = 0; l < L_; ++l) progress_[l].reset(lease_.crowded());
   }
+  ~Crew() { tuned_.end(has_run_ && threads_ == wanted_); }
+  Crew(const Crew&) = delete;
+  Crew& operator=(const Crew&) = delete;
   int threads() const { return threads_; }
   bool split() const { return D_ == 2 && teams_ == 2; }  // the two directions run at the same time
   const Wave& wave() const { return wave_; }
@@ -64,6 +70,7 @@ class Crew {
   template <class Work>
   void run(const Work& work) {
     lease_.run(threads_, work);
+    has_run_ = true;
   }
 
   // Calls work(d, team) for the directions of the layer that this rank takes part in.
@@ -99,15 +106,49 @@ class Crew {
   int team_of(int64_t layer, int d) const { return D_ == 2 ? (teams_ == 2 ? d : 0) : int(layer * teams_ / L_); }
 
   template <class MakePlan, class MakeWave>
-  static int most_threads(const Spec& spec, MakePlan make_plan, MakeWave make_wave) {
-    int wanted = wanted_threads(), most = 1;
+  int most_threads(const Spec& spec, const std::vector<LayerSize>& sizes, int pass, MakePlan make_plan, MakeWave make_wave) {
+    const int wanted = wanted_threads();
+    int most = 1;
+    double us = 0;
     if (wanted == 1) return 1;
-    if (spec.D == 1 && spec.L > 1 && make_wave(wanted).teams > 1) return wanted;
-    for (int64_t l = 0; l < spec.L; ++l) most = std::max(most, make_plan(l, wanted).threads());
-    return most > 1 && spec.D == 2 ? wanted : most;
+    for (int64_t l = 0; l < spec.L; ++l) {
+      const Plan plan = make_plan(l, wanted, false);
+      most = std::max(most, plan.threads()), us += plan.estimated_us;
+    }
+    if (spec.D == 2) return most > 1 ? wanted : 1;
+    const Wave wave = spec.L > 1 ? make_wave(wanted) : Wave{};
+    if (wave.teams > 1) most = wanted, us = wave.estimated_us;
+    if (us < least_tuned_us || us > most_tuned_us || is_plan_overridden()) return most;
+    double one = 0, many = wave.teams > 1 ? us : 0;
+    int several = most;
+    for (int64_t l = 0; l < spec.L; ++l) {
+      one += make_plan(l, 1, false).estimated_us;
+      if (wave.teams > 1) continue;
+      const Plan plan = make_plan(l, wanted, true);
+      several = std::max(several, plan.threads()), many += plan.estimated_us;
+    }
+    if (several == 1 || one > 1.6 * many || many > 1.3 * one) return most;
+    several_ = tuned_.begin(kind_of(spec, sizes, pass, wanted), most > 1) == 1;
+    return several_ ? several : 1;
   }
 
+  static uint64_t kind_of(const Spec& spec, const std::vector<LayerSize>& sizes, int pass, int wanted) {
+    const LayerSize& size = sizes.front();
+    uint64_t kind = 1469598103934665603u;  // FNV-1a over whole numbers
+    for (int64_t part : {int64_t(pass), int64_t(spec.cell), spec.L, size.T, size.B, size.I, size.H, int64_t(size.element_bytes),
+                         int64_t(size.lanes), int64_t(wanted)})
+      kind = (kind ^ uint64_t(part)) * 1099511628211u;
+    return kind ^ kind >> 32;
+  }
+
+  // Shorter calls are over before another thread has seen them; for longer ones the model is right.
+  static constexpr double least_tuned_us = 20, most_tuned_us = 1000;
+
   int L_, D_;
+  TunedCall tuned_;
+  bool several_ = false;  // whatever the model says
+  bool has_run_ = false;
+  const int wanted_;
   Lease lease_;
   int threads_, teams_;
   Wave wave_;

@@ -179,8 +179,8 @@ Plan forward_plan(const LayerSize& size, const Machine& machine, int threads, bo
   return plan;
 }
 
-Plan backward_plan(const LayerSize& size, const Machine& machine, int threads) {
-  Plan plan = cut(size, machine, threads, false, false);
+Plan backward_plan(const LayerSize& size, const Machine& machine, int threads, bool several) {
+  Plan plan = cut(size, machine, threads, several, false);
   plan.chunk_rows = override_values.chunk_rows > 0 ? override_values.chunk_rows : 512;
   plan.chunk_rows = std::max(size.B, std::min(plan.chunk_rows, size.T * size.B));
   const int64_t row_bytes = size.cell->gates * size.H * size.element_bytes;  // of W_hh as of the chunk's gradients
@@ -198,5 +198,10 @@ Wave backward_wave(const std::vector<LayerSize>& layers, const Machine& machine,
 }
 
 void set_plan_override(const PlanOverride& values) { override_values = values; }
+
+bool is_plan_overridden() {
+  const PlanOverride& o = override_values;
+  return o.row_threads > 0 || o.unit_threads > 0 || o.teams > 0;
+}
 
 }  // namespace fusedrnn

@@ -25,7 +25,7 @@ struct LayerSize {
 
 // `several`: more than one thread where the shape has work for them, whatever the cost model says.
 Plan forward_plan(const LayerSize& size, const Machine& machine, int threads, bool several = false);
-Plan backward_plan(const LayerSize& size, const Machine& machine, int threads);
+Plan backward_plan(const LayerSize& size, const Machine& machine, int threads, bool several = false);
 
 // A stack's layers as a wavefront: each team runs its layers (l * teams / L is the team of layer l) one range of steps
 // after the other, as soon as the layers below, or above in backward, have done that range.
@@ -47,5 +47,6 @@ struct PlanOverride {
   int far = 0;    // 1: yes; 2: no
 };
 void set_plan_override(const PlanOverride& values);
+bool is_plan_overridden();
 
 }  // namespace fusedrnn

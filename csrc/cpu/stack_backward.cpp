@@ -13,9 +13,11 @@ template <class T>
 class BackwardPass {
  public:
   explicit BackwardPass(const StackBackward<T>& call)
-      : call_(call), crew_(
-                         spec_, [&](int64_t l, int threads) { return backward_plan(sizes_[l], this_machine(), threads); },
-                         [&](int threads) { return drops_ ? Wave{} : backward_wave(sizes_, this_machine(), threads); }),
+      : call_(call),
+        crew_(
+            spec_, sizes_, 4 + 2 * !call.dweights.empty() + (call.dx.data != nullptr),
+            [&](int64_t l, int threads, bool several) { return backward_plan(sizes_[l], this_machine(), threads, several); },
+            [&](int threads) { return drops_ ? Wave{} : backward_wave(sizes_, this_machine(), threads); }),
         transposed_(spec_, call.dx.data != nullptr), args_(spec_.count()), dx_(spec_.L) {
     allocate();
   }

@@ -33,7 +33,11 @@ class ForwardPass {
   ForwardPass(const StackForward<T>& call, Tape<T>* tape)
       : call_(call), tape_(tape), own_order_(tape ? nullptr : new Order(call.T_, call.B, call.lengths)),
         crew_(
-            spec_, [&](int64_t l, int threads) { return forward_plan(sizes_[l], this_machine(), threads); },
+            spec_, sizes_,
+            tape          ? 1
+            : call.panels ? 2
+                          : 3,
+            [&](int64_t l, int threads, bool several) { return forward_plan(sizes_[l], this_machine(), threads, several); },
             [&](int threads) { return drops_ ? Wave{} : forward_wave(sizes_, this_machine(), threads); }),
         own_panels_(call.panels ? nullptr : new Panels<T>(call.spec)), args_(call.spec.count()) {
     allocate();

@@ -51,7 +51,7 @@ class Stream {
   // Written at each step: apart from what the other threads read, of which their cores keep copies.
   alignas(64) int now_ = 0;       // levels_[l].h[now_] is the state
   Clock::time_point last_end_{};  // of the last step
-  Tuner tuner_;
+  StepTuner tuner_;
 };
 
 }  // namespace fusedrnn

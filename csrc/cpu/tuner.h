@@ -1,5 +1,5 @@
-// Chooses by measurement between one thread and several, for work that is done over and over: a stream's step. Which is
-// faster depends on how far apart the cores are just now and on who else runs on them, which no model knows.
+// Chooses by measurement between one thread and several, for work that is done over and over: a stream's step, or calls of one
+// kind. Which is faster depends on how far apart the cores are just now and on who else runs on them, which no model knows.
 #pragma once
 
 #include <stdint.h>
@@ -8,8 +8,12 @@
 
 namespace fusedrnn {
 
+// In a trial, times are summed over `group` steps; from trial to trial it is `shortest` steps and more.
+template <int group_, int shortest_>
 class Tuner {
  public:
+  explicit Tuner(int best = 0) : best_(best) {}
+
   // 1 where the next step shall use several threads, else 0.
   int choice() const { return trial_ < 0 ? best_ : trial_ / arm; }
 
@@ -32,8 +36,8 @@ class Tuner {
     if (hopeless || trial_ == 2 * arm) decide(!hopeless && least_[1] < least_[0]);
   }
 
-  static constexpr int group = 8, warm_up = 2 * group, arm = 6 * group;  // steps: of a sum, not judged, of a choice
-  static constexpr int shortest = 2048, longest = 32768;                 // steps from trial to trial
+  static constexpr int group = group_, warm_up = 2 * group, arm = 6 * group;  // steps: of a sum, not judged, of a choice
+  static constexpr int shortest = shortest_, longest = 16 * shortest;         // steps from trial to trial
 
  private:
   void decide(int best) {
@@ -41,9 +45,12 @@ class Tuner {
     best_ = best, left_ = period_, trial_ = -1;
   }
 
-  int best_ = 0, trial_ = -1;             // step of the trial that is on, or -1
+  int best_, trial_ = -1;                 // step of the trial that is on, or -1
   int left_ = 8, period_ = shortest / 2;  // steps until the next trial, which the first steps are not worth
   int64_t sum_ = 0, spent_ = 0, least_[2] = {};
 };
+
+using StepTuner = Tuner<8, 2048>;
+using CallTuner = Tuner<2, 256>;
 
 }  // namespace fusedrnn

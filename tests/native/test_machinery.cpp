@@ -13,6 +13,7 @@
 #include "cpu/dispatch.h"
 #include "cpu/retreat.h"
 #include "cpu/threads.h"
+#include "cpu/tuned_call.h"
 #include "cpu/tuner.h"
 #include "problem.h"
 
@@ -205,7 +206,7 @@ void test_fork() {
 }
 
 // What the tuner has settled on once steps with one thread and with several have taken so long for `steps` steps.
-int settled(Tuner& tuner, int64_t one, int64_t several, int steps) {
+int settled(StepTuner& tuner, int64_t one, int64_t several, int steps) {
   for (int i = 0; i < steps; ++i) {
     const int64_t noise = i % 29 == 0 ? 50000 : i % 7;  // a time slice now and then
     tuner.took((tuner.choice() == 1 ? several : one) + noise);
@@ -215,18 +216,41 @@ int settled(Tuner& tuner, int64_t one, int64_t several, int steps) {
 }
 
 void test_tuner() {
-  Tuner tuner;
+  StepTuner tuner;
   check(tuner.choice() == 0, "the first step is taken alone");
   check(settled(tuner, 3000, 2000, 500) == 1, "two threads that are faster are found");
   check(settled(tuner, 3000, 3200, 40000) == 0, "and left when they no longer are");
   check(settled(tuner, 3000, 2900, 80000) == 1, "and found again");
-  Tuner busy;
+  StepTuner busy;
   int slow = 0;
   for (int i = 0; i < 10000; ++i) {
     slow += busy.choice();
     busy.took(busy.choice() == 1 ? 4000000 : 3000);
   }
   check(slow >= 1 && slow <= 3, "a trial of threads without a core ends after its first step");
+}
+
+void test_tuned_calls() {
+  constexpr uint64_t kind = 1234567;
+  const auto call = [&](uint64_t number, int model, std::chrono::microseconds several) {
+    TunedCall tuned;
+    const int choice = tuned.begin(number, model);
+    const auto until = std::chrono::steady_clock::now() + (choice == 1 ? several : std::chrono::microseconds(0));
+    while (std::chrono::steady_clock::now() < until) {}
+    tuned.end(true);
+    return choice;
+  };
+  const std::chrono::microseconds long_time(50), no_time(0);
+  check(call(kind, 1, long_time) == 1, "the first call of a kind does as the model says");
+  int last = 1;
+  for (int i = 0; i < 100; ++i) last = call(kind, 1, long_time);
+  check(last == 0, "and later ones what was faster");
+  check(call(kind + 1, 1, no_time) == 1, "another kind is measured by itself");
+  TunedCall outer;
+  check(outer.begin(kind, 1) == 0, "a call holds its kind");
+  check(call(kind, 1, no_time) == 1, "so that others do as the model says meanwhile");
+  outer.end(false);
+  check(call(kind + 256, 1, no_time) == 1 && call(kind, 1, no_time) == 1, "a kind that came in its place is another");
 }
 
 void test_retreat() {
@@ -334,6 +358,7 @@ void test_machinery(bool forks) {
   test_settings();
   test_hash();
   test_tuner();
+  test_tuned_calls();
   test_retreat();
   test_denormals();
   test_pool();
