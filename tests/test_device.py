@@ -282,9 +282,10 @@ def test_a_failure_on_the_gpu_is_told_at_a_later_call_with_its_origin(fault):
 
 
 @needs_gpu
-def test_what_was_added_in_part_is_not_added_twice(fault):
+@pytest.mark.parametrize("kind", ["arrays", "numpy"])
+def test_what_was_added_in_part_is_not_added_twice(fault, kind):
     call = draw(gpu_case(L=2, state="zeros"))
-    given = there(call)
+    given = there(call) if kind == "arrays" else call  # numpy's are added to in a copy
     layer, dy = call.layer, given.dy
     seen = set()
     for launches in itertools.count():
@@ -300,13 +301,15 @@ def test_what_was_added_in_part_is_not_added_twice(fault):
             in_part = "accumulate_into has been added to in part" in str(error)
         seen.add(in_part)
         if in_part:
-            with pytest.raises(RuntimeError, match="tape was used already"):
+            with pytest.raises(RuntimeError, match="tape was used up by a backward pass that failed while"):
                 layer.backward(tape, dy)
         else:
             np.testing.assert_array_equal(exact(into.flat), once)
+            if kind == "numpy" and repr(tape) == "Tape(used)":  # the results did not arrive
+                continue
             layer.backward(tape, dy, accumulate_into=into)
             np.testing.assert_allclose(exact(into.flat), 2 * once, rtol=1e-5, atol=1e-6)
-    assert seen == {False, True}
+    assert seen == ({False, True} if kind == "arrays" else {False})
 
 
 @pytest.mark.skipif(not EMULATED, reason="the emulation can be any machine")
@@ -314,6 +317,7 @@ def test_what_was_added_in_part_is_not_added_twice(fault):
     ("machine", "text", "info"),
     [
         ({"GPUS": 0}, "cuda: the NVIDIA driver finds no GPU", "finds no GPU"),
+        ({"GPUS": -1}, "cuda: CUDA cannot be initialised, as a rule because this process was", "forked"),
         ({"DRIVER": 0}, "cuda: no NVIDIA driver was found", "no NVIDIA driver"),
         ({"DRIVER": 12020}, "supports CUDA 12.2, but CUDA 13.0 or later is needed: update", "12.2"),
         ({"CAPABILITY": 75}, "has compute capability 7.5, but 8.0 or later is needed", "(sm_75, too old)"),

@@ -235,6 +235,7 @@ def test_what_is_not_aligned_to_its_elements_is_refused():
 
 
 @needs_gpu
+@pytest.mark.skipif(not EMULATED, reason="there is no stream 7")
 def test_a_call_runs_on_the_stream_that_its_array_is_ready_on(monkeypatch):
     call = draw(gpu_case(state="zeros"))
     x = _Interface(on_device(call.x), stream=7)

@@ -33,14 +33,12 @@ Stream stream_of(uintptr_t handle) { return reinterpret_cast<Stream>(handle); }
 std::atomic<bool> initialised{false};
 
 // CUDA does not survive a fork: a child that goes on with it would hang or crash.
-[[noreturn]] void refuse_forked() {
-  throw std::runtime_error(
-      "cuda: this process was forked from one that had used the GPU, which CUDA does not support: start processes by "
-      "multiprocessing's 'spawn' or 'forkserver', or use the GPU in the children only");
-}
+const char forked_text[] =
+    "this process was forked from one that had used the GPU, which CUDA does not support: start processes by "
+    "multiprocessing's 'spawn' or 'forkserver', or use the GPU in the children only";
 
 void expect_not_forked() {
-  if (cuda::is_forked()) refuse_forked();
+  if (cuda::is_forked()) throw std::runtime_error(std::string("cuda: ") + forked_text);
 }
 
 std::string version_text(int version) { return std::to_string(version / 1000) + "." + std::to_string(version % 1000 / 10); }
@@ -62,7 +60,10 @@ int device_count() {
     cudaGetLastError();
     throw std::runtime_error("cuda: the NVIDIA driver finds no GPU (CUDA_VISIBLE_DEVICES may hide it)");
   }
-  if (code == cudaErrorInitializationError) refuse_forked();  // the parent used it through another library
+  if (code == cudaErrorInitializationError) {  // so also in a child whose parent used it through another library
+    cudaGetLastError();
+    throw std::runtime_error(std::string("cuda: CUDA cannot be initialised, as a rule because ") + forked_text);
+  }
   cuda::check(code, "cudaGetDeviceCount");
   if (!initialised.exchange(true)) pthread_atfork(nullptr, nullptr, [] { cuda::set_forked(); });
   return devices;
@@ -263,7 +264,6 @@ struct PyTape {
   std::shared_ptr<cuda::Tape> tape;
   cuda::Options options;
   int64_t T, B;
-  bool spent = false;  // a backward pass has added some of its gradients, and failed: it cannot be done again
   int64_t bytes() const { return cuda::tape_bytes(*tape); }
 };
 
@@ -339,7 +339,7 @@ std::unique_ptr<PyTape> forward(const PySpec& s, int device, const StreamObject&
   return std::make_unique<PyTape>(PyTape{stream, std::move(tape), call.options, call.T_, call.B});
 }
 
-void backward(const PySpec& s, int device, uintptr_t stream, const py::tuple& params, PyTape& tape, const py::array& x,
+void backward(const PySpec& s, int device, uintptr_t stream, const py::tuple& params, const PyTape& tape, const py::array& x,
               const py::object& dy, const py::object& dstate, const py::object& dx, const py::object& dstate_out,
               const py::object& dparams, bool accumulate) {
   expect_not_forked();
@@ -358,12 +358,7 @@ void backward(const PySpec& s, int device, uintptr_t stream, const py::tuple& pa
   call.adds = accumulate;
   GilRelease release;
   OnDevice on(device);
-  try {
-    cuda::run_backward(call);
-  } catch (const cuda::AddedInPart&) {
-    tape.spent = true;
-    throw;
-  }
+  cuda::run_backward(call);
 }
 
 }  // namespace
@@ -380,7 +375,10 @@ PYBIND11_MODULE(_cuda, m, pybind11::mod_gil_not_used()) {
     } catch (const cuda::OutOfMemory& error) {
       PyErr_SetString(PyExc_MemoryError, error.what());
     } catch (const cuda::AddedInPart& error) {
-      PyErr_SetString(error.out_of_memory ? PyExc_MemoryError : PyExc_RuntimeError, error.what());
+      PyObject* const kind = error.out_of_memory ? PyExc_MemoryError : PyExc_RuntimeError;
+      py::object made = py::reinterpret_borrow<py::object>(kind)(error.what());
+      made.attr("added_in_part") = true;  // _stack.py asks for it
+      PyErr_SetObject(kind, made.ptr());
     }
   });
 #if defined(FUSEDRNN_EMULATED)
@@ -428,7 +426,7 @@ PYBIND11_MODULE(_cuda, m, pybind11::mod_gil_not_used()) {
   py::class_<fusedrnn::bindings::PySpec>(m, "Spec").def(py::init(&make_typed_spec), py::arg("cell"), py::arg("dtype"),
                                                         py::arg("input_size"), py::arg("hidden_size"), py::arg("num_layers"),
                                                         py::arg("directions"), py::arg("bias"), py::arg("reverse"));
-  py::class_<PyTape>(m, "Tape").def_property_readonly("nbytes", &PyTape::bytes).def_readonly("spent", &PyTape::spent);
+  py::class_<PyTape>(m, "Tape").def_property_readonly("nbytes", &PyTape::bytes);
   m.def("forward", &fusedrnn::bindings::forward, py::arg("spec"), py::arg("device"), py::arg("stream"), py::arg("tf32"),
         py::arg("params"), py::arg("x"), py::arg("state").none(true), py::arg("lengths").none(true), py::arg("y"),
         py::arg("state_out"), py::arg("training"), py::arg("dropout"), py::arg("seed"));

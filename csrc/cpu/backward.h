@@ -218,7 +218,7 @@ struct Backward {
   struct RowAt {
     const T *dy, *h, *h_prev, *saved;
     T *gates, *carry[Cell::states];
-    const ptrdiff_t gates_block;
+    ptrdiff_t gates_block;
     FUSEDRNN_INLINE RowAt(const Backward& w, int64_t s, int64_t now, int64_t j)
         : dy(w.a.dy.base ? w.a.dy.at(s, j) : nullptr), h(w.f.y.at(s, j)), h_prev(w.forward.h_prev(s, j)),
           saved(w.forward.saved(s, j, 0)), gates(w.gates(0, now + j)), gates_block(w.a.gates_block) {
@@ -417,7 +417,7 @@ struct Backward {
           batch.a[r] = gates(0, this->batch + before + j) + Cell::input.first * L;
           batch.cin[r] = f.zeros;
           batch.out[r] = a.dx.at(s, j) + n0 * L;
-          prefetch<true>(batch.out[r], width);
+          prefetch<true>(batch.out[r], width);  // the tile's stores would wait for it
         }
         const T* const panel = a.w_ih_t + n0 * a.ih_block;
         run_batch(batch, n, t, panel, blocks, piece.segments, [&](int64_t tile) {

@@ -32,18 +32,32 @@ std::vector<LayerSize> layer_sizes(const Spec& spec, int64_t T_, int64_t B) {
   return sizes;
 }
 
+// Passes whose times differ. (What lies between layers counts too: `drops` below.)
+enum class Pass { training, packed_before, packed_now, backward };
+
+inline uint64_t mixed(uint64_t sum, uint64_t part) { return (sum ^ part) * 0x9e3779b97f4a7c15u; }
+
+// A number for calls that take as long: of one pass over so many rows. `wants`: which results.
+inline uint64_t kind_of(const Spec& spec, const LayerSize& bottom, int64_t rows, Pass pass, bool drops, int wants) {
+  uint64_t kind = 0;
+  for (int64_t part : {int64_t(spec.cell), spec.L, bottom.T, bottom.B, bottom.I, bottom.H, int64_t(bottom.element_bytes),
+                       int64_t(bottom.lanes), rows, int64_t(pass), int64_t(drops), int64_t(wants)})
+    kind = mixed(kind ^ kind >> 32, uint64_t(part));
+  return kind;
+}
+
 // The threads of a call in teams: one team for all, one for each direction, or one for some neighbouring layers each.
 class Crew {
  public:
-  // `make_plan` makes the plan of a layer, and `make_wave` that of the stack, for a number of threads; `sizes` and `pass`,
-  // which is another number for each kind of pass, tell all that its time depends on.
+  // `make_plan` makes the plan of a layer, and `make_wave` that of the stack, for a number of threads. `kind`: of calls that
+  // take as long, see kind_of.
   template <class MakePlan, class MakeWave>
-  Crew(const Spec& spec, const std::vector<LayerSize>& sizes, int pass, MakePlan make_plan, MakeWave make_wave)
-      : L_(int(spec.L)), D_(spec.D), wanted_(most_threads(spec, sizes, pass, make_plan, make_wave)), lease_(wanted_),
+  Crew(const Spec& spec, uint64_t kind, MakePlan make_plan, MakeWave make_wave)
+      : L_(int(spec.L)), D_(spec.D), wanted_(choose_threads(spec, kind, make_plan, make_wave)), lease_(wanted_),
         threads_(lease_.size()) {
     if (D_ == 1 && L_ > 1 && threads_ > 1) wave_ = make_wave(threads_);
     teams_ = D_ == 2 && threads_ >= 2 ? 2 : wave_.teams;
-    for (int l = 0; l < L_; ++l) plans_.push_back(make_plan(l, threads_ / teams_, several_));
+    for (int l = 0; l < L_; ++l) plans_.push_back(make_plan(l, threads_ / teams_, forced_));
     all_.reset(threads_, lease_.crowded());
     for (int i = 0; i < L_ * D_; ++i) {
       const Plan& plan = plans_[i / D_];
@@ -54,13 +68,13 @@ class Crew {
     progress_ = std::make_unique<Progress[]>(L_);
     for (int l = 0; l < L_; ++l) progress_[l].reset(lease_.crowded());
   }
-  ~Crew() { tuned_.end(has_run_ && threads_ == wanted_); }
-  Crew(const Crew&) = delete;
-  Crew& operator=(const Crew&) = delete;
+  // All is done, and nothing failed. What took long because threads were parked says nothing of calls in a row.
+  void finish() { tuned_.end(threads_ == wanted_ && !lease_.woke()); }
   int threads() const { return threads_; }
   bool split() const { return D_ == 2 && teams_ == 2; }  // the two directions run at the same time
   const Wave& wave() const { return wave_; }
   bool flows() const { return wave_.teams > 1; }
+  bool tuned() const { return tuned_.active(); }  // one thread or several by measurement, not by the model
   // How many layers and directions run at the same time, and the number of one's among them: what each needs of its own.
   int lanes() const { return flows() ? L_ : teams_; }
   int lane(int64_t layer, int d) const { return flows() ? int(layer) : split() ? d : 0; }
@@ -70,7 +84,6 @@ class Crew {
   template <class Work>
   void run(const Work& work) {
     lease_.run(threads_, work);
-    has_run_ = true;
   }
 
   // Calls work(d, team) for the directions of the layer that this rank takes part in.
@@ -105,12 +118,13 @@ class Crew {
  private:
   int team_of(int64_t layer, int d) const { return D_ == 2 ? (teams_ == 2 ? d : 0) : int(layer * teams_ / L_); }
 
+  // How many threads to ask for: the model's choice, or where it sees little between one thread and several, what was faster.
   template <class MakePlan, class MakeWave>
-  int most_threads(const Spec& spec, const std::vector<LayerSize>& sizes, int pass, MakePlan make_plan, MakeWave make_wave) {
+  int choose_threads(const Spec& spec, uint64_t kind, MakePlan make_plan, MakeWave make_wave) {
     const int wanted = wanted_threads();
+    if (wanted == 1) return 1;
     int most = 1;
     double us = 0;
-    if (wanted == 1) return 1;
     for (int64_t l = 0; l < spec.L; ++l) {
       const Plan plan = make_plan(l, wanted, false);
       most = std::max(most, plan.threads()), us += plan.estimated_us;
@@ -118,36 +132,28 @@ class Crew {
     if (spec.D == 2) return most > 1 ? wanted : 1;
     const Wave wave = spec.L > 1 ? make_wave(wanted) : Wave{};
     if (wave.teams > 1) most = wanted, us = wave.estimated_us;
-    if (us < least_tuned_us || us > most_tuned_us || is_plan_overridden()) return most;
-    double one = 0, many = wave.teams > 1 ? us : 0;
+    if (us < least_tuned_us || us > most_tuned_us || are_threads_overridden()) return most;
+    // Its own choice against the best of the other kind.
+    const bool one_by_model = most == 1;
+    double other_us = 0;
     int several = most;
     for (int64_t l = 0; l < spec.L; ++l) {
-      one += make_plan(l, 1, false).estimated_us;
-      if (wave.teams > 1) continue;
-      const Plan plan = make_plan(l, wanted, true);
-      several = std::max(several, plan.threads()), many += plan.estimated_us;
+      const Plan plan = one_by_model ? make_plan(l, wanted, true) : make_plan(l, 1, false);
+      several = std::max(several, plan.threads()), other_us += plan.estimated_us;
     }
-    if (several == 1 || one > 1.6 * many || many > 1.3 * one) return most;
-    several_ = tuned_.begin(kind_of(spec, sizes, pass, wanted), most > 1) == 1;
-    return several_ ? several : 1;
-  }
-
-  static uint64_t kind_of(const Spec& spec, const std::vector<LayerSize>& sizes, int pass, int wanted) {
-    const LayerSize& size = sizes.front();
-    uint64_t kind = 1469598103934665603u;  // FNV-1a over whole numbers
-    for (int64_t part : {int64_t(pass), int64_t(spec.cell), spec.L, size.T, size.B, size.I, size.H, int64_t(size.element_bytes),
-                         int64_t(size.lanes), int64_t(wanted)})
-      kind = (kind ^ uint64_t(part)) * 1099511628211u;
-    return kind ^ kind >> 32;
+    if (several == 1 || other_us > near_equal * us) return most;
+    const bool chosen = tuned_.begin(mixed(kind, uint64_t(wanted)), !one_by_model) == 1;
+    forced_ = chosen && one_by_model;
+    return chosen ? several : 1;
   }
 
   // Shorter calls are over before another thread has seen them; for longer ones the model is right.
   static constexpr double least_tuned_us = 20, most_tuned_us = 1000;
+  static constexpr double near_equal = 1.6;  // what the model was seen to miss by: docs/performance.md
 
   int L_, D_;
   TunedCall tuned_;
-  bool several_ = false;  // whatever the model says
-  bool has_run_ = false;
+  bool forced_ = false;  // more than one thread, where the model would take one
   const int wanted_;
   Lease lease_;
   int threads_, teams_;
@@ -170,14 +176,15 @@ class Trace {
     const Plan& plan = crew.plan(l);
     fprintf(stderr,
             "fusedrnn: %s %s layer %lld: T=%lld B=%lld I=%lld H=%lld %s, %s: %d row x %d unit threads%s, "
-            "%lld steps or %lld rows a chunk%s%s",
+            "%lld steps or %lld rows a chunk%s%s%s",
             pass_, spec.info().name, (long long)l, (long long)T_, (long long)B, (long long)spec.input_size(l),
             (long long)spec.H, sizeof(T) == 4 ? "float32" : "float64", isa().c_str(), plan.row_threads, plan.unit_threads,
             crew.split()   ? " for each direction"
             : crew.flows() ? " in a wavefront"
                            : "",
             (long long)plan.chunk_steps, (long long)plan.chunk_rows,
-            plan.fused && plan.chunk_steps == 1 ? ", both products in one tile" : "", plan.far ? ", asking ahead" : "");
+            plan.fused && plan.chunk_steps == 1 ? ", both products in one tile" : "", plan.far ? ", asking ahead" : "",
+            crew.tuned() ? ", threads as measured" : "");
     if (crew.flows())
       fputs("\n", stderr);
     else

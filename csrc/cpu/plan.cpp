@@ -28,8 +28,9 @@ constexpr double start_ns = 5000.0;           // handing work to another thread 
 
 double barrier_ns(int members) { return hop_ns * Barrier::rounds(members); }
 
-// Backward packs in a round of its own before, and its threads meet around the weight gradients.
-double handing_ns(bool forward) { return start_ns * (forward ? 1 : 3); }
+// The caller gives each thread its work in turn, by a line each. Backward packs in a round of its own before, and its threads
+// meet around the weight gradients.
+double handing_ns(double threads, bool forward) { return (start_ns + hop_ns * (threads - 2)) * (forward ? 1 : 3); }
 
 // The time of one layer over all steps, cut `rows` x `units` ways.
 double layer_ns(const LayerSize& size, const Machine& machine, int rows, int units, bool forward) {
@@ -61,7 +62,7 @@ double layer_ns(const LayerSize& size, const Machine& machine, int rows, int uni
   double ns = double(size.T) * (step + rest);
   const double threads = rows * units;
   if (threads == 1) return ns;
-  ns += handing_ns(forward);
+  ns += handing_ns(threads, forward);
   if (!forward) {
     // dW reads what other threads wrote: h and x, which all packed, and, where rows are cut, its blocks' gradients. (With
     // one gate it reads all gradients, and its own columns of h and x.)
@@ -102,14 +103,14 @@ Plan cut(const LayerSize& size, const Machine& machine, int threads, bool severa
 
 // The time of layers [begin, end) one after the other, to which the work is handed once.
 double layers_ns(const std::vector<LayerSize>& layers, int begin, int end, const Machine& machine, int threads, bool forward) {
-  double ns = 0;
-  int handed = 0;
+  double ns = 0, most_handing = 0;
   for (int l = begin; l < end; ++l) {
     const Plan plan = cut(layers[l], machine, threads, false, forward);
-    ns += 1e3 * plan.estimated_us;
-    handed += plan.threads() > 1;
+    const double handing = plan.threads() > 1 ? handing_ns(plan.threads(), forward) : 0;
+    ns += 1e3 * plan.estimated_us - handing;
+    most_handing = std::max(most_handing, handing);
   }
-  return ns - (handed > 1 ? (handed - 1) * handing_ns(forward) : 0);
+  return ns + most_handing;
 }
 
 Wave wave(const std::vector<LayerSize>& layers, const Machine& machine, int threads, bool forward) {
@@ -138,7 +139,8 @@ Wave wave(const std::vector<LayerSize>& layers, const Machine& machine, int thre
     if (override_values.ranges > 0) ranges = override_values.ranges;
     ranges = std::min(std::max<int64_t>(ranges, 2), most);
     if (ranges < 2) continue;
-    const double ns = slowest * (1 + double(teams - 1) / double(ranges)) + double(ranges) * per_range + handing_ns(forward);
+    const double ns =
+        slowest * (1 + double(teams - 1) / double(ranges)) + double(ranges) * per_range + handing_ns(threads, forward);
     if (override_values.teams > 0 || ns < best_ns) best_ns = ns, best = {teams, ranges, ns * 1e-3};
   }
   return override_values.teams == 1 ? Wave{} : best;
@@ -199,7 +201,7 @@ Wave backward_wave(const std::vector<LayerSize>& layers, const Machine& machine,
 
 void set_plan_override(const PlanOverride& values) { override_values = values; }
 
-bool is_plan_overridden() {
+bool are_threads_overridden() {
   const PlanOverride& o = override_values;
   return o.row_threads > 0 || o.unit_threads > 0 || o.teams > 0;
 }

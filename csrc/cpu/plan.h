@@ -1,5 +1,5 @@
-// How a layer's work is cut over threads, time and rows. A plan is a pure function of the sizes and the machine; it
-// changes how long a call takes and never what it returns.
+// How a layer's work is cut over threads, time and rows. A plan is a pure function of the sizes and the machine, and of
+// `several` below; it changes how long a call takes and never what it returns.
 #pragma once
 
 #include <vector>
@@ -47,6 +47,6 @@ struct PlanOverride {
   int far = 0;    // 1: yes; 2: no
 };
 void set_plan_override(const PlanOverride& values);
-bool is_plan_overridden();
+bool are_threads_overridden();  // in any way: then nothing else chooses between one and several
 
 }  // namespace fusedrnn

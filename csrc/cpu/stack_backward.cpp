@@ -15,7 +15,9 @@ class BackwardPass {
   explicit BackwardPass(const StackBackward<T>& call)
       : call_(call),
         crew_(
-            spec_, sizes_, 4 + 2 * !call.dweights.empty() + (call.dx.data != nullptr),
+            spec_,
+            kind_of(spec_, sizes_[0], call.tape->order.rows(), Pass::backward, drops_,
+                    2 * !call.dweights.empty() + (call.dx.data != nullptr)),
             [&](int64_t l, int threads, bool several) { return backward_plan(sizes_[l], this_machine(), threads, several); },
             [&](int threads) { return drops_ ? Wave{} : backward_wave(sizes_, this_machine(), threads); }),
         transposed_(spec_, call.dx.data != nullptr), args_(spec_.count()), dx_(spec_.L) {
@@ -30,6 +32,7 @@ class BackwardPass {
     if (call_.dx.data && !call_.adds) clear_padding(call_.dx, spec_.I, order_, tape_.T_);
     set_args();
     crew_.run([&](int rank) { layers(rank); });
+    crew_.finish();
   }
 
  private:

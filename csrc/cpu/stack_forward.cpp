@@ -33,10 +33,12 @@ class ForwardPass {
   ForwardPass(const StackForward<T>& call, Tape<T>* tape)
       : call_(call), tape_(tape), own_order_(tape ? nullptr : new Order(call.T_, call.B, call.lengths)),
         crew_(
-            spec_, sizes_,
-            tape          ? 1
-            : call.panels ? 2
-                          : 3,
+            spec_,
+            kind_of(spec_, sizes_[0], order_.rows(),
+                    tape          ? Pass::training
+                    : call.panels ? Pass::packed_before
+                                  : Pass::packed_now,
+                    drops_, 0),
             [&](int64_t l, int threads, bool several) { return forward_plan(sizes_[l], this_machine(), threads, several); },
             [&](int threads) { return drops_ ? Wave{} : forward_wave(sizes_, this_machine(), threads); }),
         own_panels_(call.panels ? nullptr : new Panels<T>(call.spec)), args_(call.spec.count()) {
@@ -55,6 +57,7 @@ class ForwardPass {
     });
     if (tape_) tape_->x_sum = sums.x(), tape_->weights_sum = sums.weights();
     if (call_.lengths) clear_padding(call_.y, width_, order_, call_.T_);
+    crew_.finish();
   }
 
  private:

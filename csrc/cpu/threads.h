@@ -97,6 +97,7 @@ class Lease {
   Lease(const Lease&) = delete;
   Lease& operator=(const Lease&) = delete;
   int size() const { return size_; }
+  bool woke() const { return woke_; }  // threads that were parked
   bool crowded() const { return size_ > available_threads(); }  // more threads than cores: waiting must yield
   // Calls work(rank) on each thread; returns when every rank has. Denormals are flushed in `work`, which must not throw.
   template <class Work>
@@ -109,7 +110,7 @@ class Lease {
 
   int size_;
   int64_t took_us_ = 0;  // by all runs of several threads
-  bool woke_ = false;    // threads that were parked
+  bool woke_ = false;
 };
 
 }  // namespace fusedrnn

@@ -10,13 +10,21 @@ struct alignas(64) TunedCall::Kind {
   CallTuner tuner;
 };
 
-// A kind's place among those known, by its number; it takes the place of another that had it.
+// A kind has one of two places among those known, by its number, and takes the second from another that had it. (A place that
+// a thread held when the process forked stays held in the child.)
 TunedCall::Kind* TunedCall::take(uint64_t kind, int model) {
   static Kind kinds[256];
-  Kind& k = kinds[kind % 256];
-  if (k.busy.exchange(true, std::memory_order_acquire)) return nullptr;
-  if (k.kind != kind) k.kind = kind, k.tuner = CallTuner(model);
-  return &k;
+  Kind *const first = &kinds[kind % 256], *const second = &kinds[(kind >> 8) % 256];
+  for (Kind* k : {first, second}) {
+    if (k->busy.exchange(true, std::memory_order_acquire)) continue;
+    if (k->kind == kind) return k;
+    if (k->kind == 0 || k == second) {
+      k->kind = kind, k->tuner = CallTuner(model);
+      return k;
+    }
+    k->busy.store(false, std::memory_order_release);
+  }
+  return nullptr;
 }
 
 int TunedCall::begin(uint64_t kind, int model) {

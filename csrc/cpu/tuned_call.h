@@ -16,9 +16,10 @@ class TunedCall {
   TunedCall(const TunedCall&) = delete;
   TunedCall& operator=(const TunedCall&) = delete;
 
-  // Begins a call; `kind` tells all that its time depends on. Returns 1 for several threads, else 0: `model`, where its kind
-  // has not been measured or is in use by another thread.
+  // Begins a call; those with the same `kind`, which is not 0, take as long. Returns 1 for several threads, else 0: `model`,
+  // where its kind has not been measured or is in use by another thread.
   int begin(uint64_t kind, int model);
+  bool active() const { return kind_ != nullptr; }
   // The call is over. `counts`: it did as it was told, and its time tells something.
   void end(bool counts);
 

@@ -12,7 +12,7 @@ namespace fusedrnn {
 template <int group_, int shortest_>
 class Tuner {
  public:
-  explicit Tuner(int best = 0) : best_(best) {}
+  constexpr explicit Tuner(int best = 0) : best_(best) {}
 
   // 1 where the next step shall use several threads, else 0.
   int choice() const { return trial_ < 0 ? best_ : trial_ / arm; }

@@ -115,7 +115,6 @@ const Library& library() {
 
 void check_status(Status status, const char* call) {
   if (status == 0) return;
-  if (const cudaError_t code = cudaPeekAtLastError()) fail(code, call);  // what it met, and has no status for
   throw std::runtime_error(std::string("cuBLASLt: status ") + std::to_string(status) + " from " + call + origin());
 }
 

@@ -4,13 +4,14 @@
 #include <cuda_runtime.h>
 #include <stdint.h>
 
+#include <new>
 #include <stdexcept>
 #include <string>
 
 namespace fusedrnn::cuda {
 
-// A call that CUDA refused. An asynchronous failure of a kernel surfaces at some later call: the text then also names
-// the kernel that was launched last, and the passes that launched it and those before it.
+// A call that CUDA refused. An asynchronous failure of a kernel surfaces at some later call: so the text also names the kernel
+// that was launched last, and the last two passes that were begun.
 class Error : public std::runtime_error {
  public:
   Error(cudaError_t code, const std::string& text) : std::runtime_error(text), code(code) {}
@@ -22,12 +23,12 @@ class OutOfMemory : public Error {
   using Error::Error;
 };
 
-// What failed had begun to add to the caller's gradients: to do it again would add twice.
+// What failed had begun to add to gradients: to do it again would add twice.
 class AddedInPart : public std::runtime_error {
  public:
-  explicit AddedInPart(const std::runtime_error& why)
-      : std::runtime_error(std::string(why.what()) + "; accumulate_into has been added to in part, and must be made anew"),
-        out_of_memory(dynamic_cast<const OutOfMemory*>(&why) != nullptr) {}
+  explicit AddedInPart(const std::exception& why)
+      : std::runtime_error(why.what()),
+        out_of_memory(dynamic_cast<const OutOfMemory*>(&why) || dynamic_cast<const std::bad_alloc*>(&why)) {}
   const bool out_of_memory;
 };
 
@@ -41,7 +42,7 @@ struct Pass {
 };
 void note_pass(const Pass& pass);
 void note_launch(const char* kernel);
-std::string origin();  // "; the last kernel launched was .."; empty if there was none
+std::string origin();  // what of these to add to a text, "; .."; empty before the first launch
 
 // Whether it says that the driver turns down a launch as such. Then nothing was done, and another way may be tried.
 bool is_refusal(cudaError_t code);

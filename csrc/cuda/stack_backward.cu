@@ -220,7 +220,7 @@ void run_backward(const StackBackward& call) {
     BackwardPass<decltype(t)> pass(call);
     try {
       pass.run();
-    } catch (const std::runtime_error& error) {
+    } catch (const std::exception& error) {
       if (!pass.has_added()) throw;
       throw AddedInPart(error);
     }

@@ -87,7 +87,8 @@ def _expect_aligned(where: str, name: str, pointer: int, strides: Any, dtype: An
 def _stream_of(interface: dict[str, Any]) -> int | None:
     """The stream that a __cuda_array_interface__ says its array is ready on; None where it says nothing."""
     stream = interface.get("stream")
-    return 0 if stream == 1 else stream  # 1 is the legacy default stream there, 0 is not allowed
+    # 1 is the legacy default stream there; 2 is each thread's own, which that one waits for.
+    return 0 if stream in (1, 2) else stream
 
 
 def _capsule(where: str, name: str, value: Any, stream: int) -> Any:
@@ -98,7 +99,7 @@ def _capsule(where: str, name: str, value: Any, stream: int) -> Any:
         except TypeError:  # made before DLPack 1.0
             return value.__dlpack__(**options)
     except (BufferError, RuntimeError, TypeError) as error:
-        if "CUDA" in str(error):  # it has failed, and says why
+        if isinstance(error, RuntimeError) and "CUDA" in str(error):  # it has failed, and says why
             raise
         raise TypeError(f"{where}: {name} cannot be taken from its library: {error}") from None
 
@@ -128,7 +129,7 @@ def library(value: Any, index: int) -> Library:
     elif name == "cupy":
         current = owner.cuda.get_current_stream(index)
         stream = StreamHandle(current.ptr, current)
-    elif handle := _stream_of(getattr(value, "__cuda_array_interface__", {})):
+    elif handle := _stream_of(getattr(value, "__cuda_array_interface__", None) or {}):
         stream = StreamHandle(handle, value)
     if hasattr(value, "__array_namespace__"):
         owner = value.__array_namespace__()

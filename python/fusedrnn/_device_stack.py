@@ -78,6 +78,14 @@ class DeviceStack(Stack):
             x, flat = (None if a is None else call.give(a) for a in (grads.x, grads.flat))
             return kind(self.layout, x, states, flat)
 
+    def _failed(self, error: BaseException, tape: Tape, grads: Any, retain: bool) -> None:
+        callers = all(a._source is None for a in _arrays(grads))  # not copies of numpy's, which nobody sees
+        if getattr(error, "added_in_part", False) and callers:
+            error.args = (f"{error}; accumulate_into has been added to in part, and must be made anew",)
+            tape._spoil()
+        else:
+            super()._failed(error, tape, grads, retain)
+
     def stream(self, weights: tuple[Any, ...], flat: Any, panels: Any, batch: int) -> Any:
         return DeviceStream(self, weights, flat, batch)
 

@@ -146,9 +146,8 @@ class _Form:
         if x_t.ndim not in (1, 2) or x_t.shape[-1] != stack.inputs:
             raise _check.shape_error(where, "x_t", f"(B, {stack.inputs}) or ({stack.inputs},)", x_t.shape)
         batched = x_t.ndim == 2
-        stack.checked_states(
-            ("h", "c"), states, len(x_t) if batched else 1, batched
-        )  # errors by their names here
+        # for errors by their names here
+        stack.checked_states(("h", "c"), states, len(x_t) if batched else 1, batched)
         _, final, _ = stack.forward(checked, x_t[None], states, None, None)
         return final
 
@@ -258,7 +257,8 @@ def lstm_backward(
     Raises
     ------
     RuntimeError
-        If the tape is used up, or if x or the weights are no longer what they were in the forward pass.
+        If the tape is used up, or if x or the weights are no longer what they were in the forward pass; on a
+        GPU as `LSTM.backward` has it.
     TypeError, ValueError
         As in `lstm`; and for another function's tape. Then the tape and `accumulate_into` are as they were.
     """
@@ -340,8 +340,9 @@ def gru_cell(
     reset_after: bool = True,
 ) -> Array:
     """One GRU step: x_t (B, I) and h (B, H), or (I,) and (H,), to the next h. See `gru`."""
+    after: Array
     (after,) = _GRU.step(_gru_name(reset_after), x_t, (w_ih, w_hh, b_ih, b_hh), (h,))
-    return after  # type: ignore[no-any-return]
+    return after
 
 
 def rnn(
@@ -405,5 +406,6 @@ def rnn_cell(
     nonlinearity: Literal["tanh", "relu"] = "tanh",
 ) -> Array:
     """One RNN step: x_t (B, I) and h (B, H), or (I,) and (H,), to the next h. See `rnn`."""
+    after: Array
     (after,) = _RNN.step(_rnn_name(nonlinearity), x_t, (w_ih, w_hh, b_ih, b_hh), (h,))
-    return after  # type: ignore[no-any-return]
+    return after

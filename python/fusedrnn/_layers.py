@@ -169,7 +169,8 @@ class Layer(Configured, Generic[State]):
         ------
         RuntimeError
             If the tape is used up, or if x or the parameters are no longer what they were in the forward
-            pass.
+            pass; on a GPU also for what CUDA reports. Where that came while arrays there were added to, it
+            says so, and the tape is used up.
         TypeError, ValueError
             As in calling the layer; and for another layer's tape. Then the tape and `accumulate_into` are as
             they were.

@@ -74,8 +74,8 @@ class Stack:
     ) -> tuple[Array, tuple[Array, ...], Tape | None]:
         """y, the final states and, of a training forward, the tape.
 
-        `weights` are C-contiguous, but a functional form's; `flat`, where there is one, is the buffer that
-        they are all in. Nothing is copied or launched before all is checked.
+        `weights` are C-contiguous, except a functional form's, which are made so here; `flat`, where there is
+        one, is the buffer that they are all in. No kernel is launched before all is checked.
         """
         where, dtype, on = self.where, self.dtype, self.on
         x = on.array(where, "x", x, dtype)
@@ -157,13 +157,12 @@ class Stack:
 
         want_x, want_state, want_params = wanted
         _core.set_local_threads(local_threads())
-        weights = tuple([on.ready(w) for w in tape._weights])
         if not retain:
             tape._claim(where)
         try:
             on.backward(
                 self.spec,
-                weights,
+                tuple([on.ready(w) for w in tape._weights]),
                 kernel_tape,
                 x,
                 dy,
@@ -173,15 +172,17 @@ class Stack:
                 self.layout.views(grads.flat) if want_params else None,
                 into is not None,
             )
-        except BaseException:
-            if getattr(kernel_tape, "spent", False):
-                tape._close()
-            elif not retain:
-                tape._unclaim()
+        except BaseException as error:
+            self._failed(error, tape, grads, retain)
             raise
         if not retain:
             tape._close()
         return grads
+
+    def _failed(self, error: BaseException, tape: Tape, grads: Any, retain: bool) -> None:
+        """A backward pass failed, and its tape is as good as before."""
+        if not retain:
+            tape._unclaim()
 
     def stream(self, weights: tuple[Array, ...], flat: Any, panels: Any, batch: int) -> Any:
         return _core.Stream(self.spec, weights, panels, batch)

@@ -20,7 +20,8 @@ class Tape:
     Made by `layer.forward` and the functional `*_forward`; used once, unless `backward(..., retain=True)`
     keeps it for another backward. It refers to x and to the parameters and holds a checksum of both: if
     either was changed in between, backward raises a RuntimeError. (Of a numpy array that went to a GPU it
-    keeps the copy.) A tape belongs to the layer that made it, and cannot be copied or pickled.
+    keeps the copy.) A backward that fails on a GPU while it adds to arrays there uses the tape up, retained
+    or not. A tape belongs to the layer that made it, and cannot be copied or pickled.
 
     Attributes
     ----------
@@ -28,7 +29,7 @@ class Tape:
         Seed of this call's dropout masks; None where nothing was dropped.
     """
 
-    __slots__ = ("_batched", "_kernel", "_stack", "_token", "_weights", "_x", "seed")
+    __slots__ = ("_batched", "_kernel", "_spoilt", "_stack", "_token", "_weights", "_x", "seed")
 
     def __init__(
         self,
@@ -45,6 +46,7 @@ class Tape:
         self._x: Array | None = x  # (T, B, I), the caller's memory
         self._batched = batched
         self._token = [None]  # taken by the one backward that may use the tape up: popping is atomic
+        self._spoilt = False
         self.seed = seed
 
     @property
@@ -66,9 +68,16 @@ class Tape:
     def _unclaim(self) -> None:
         self._token.append(None)
 
-    @staticmethod
-    def _used(where: str) -> RuntimeError:
+    def _used(self, where: str) -> RuntimeError:
+        if self._spoilt:
+            return RuntimeError(
+                f"{where}: tape was used up by a backward pass that failed while it added to accumulate_into"
+            )
         return RuntimeError(f"{where}: tape was used already; retain=True keeps it for another backward")
+
+    def _spoil(self) -> None:
+        self._spoilt = True
+        self._close()
 
     def _close(self) -> None:
         self._kernel = self._x = None

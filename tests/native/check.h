@@ -39,5 +39,6 @@ class Random {
 };
 
 void test_machinery(bool forks);  // memory, pool, barrier, fork: test_machinery.cpp
+void test_allocations();          // test_allocations.cpp
 
 }  // namespace fusedrnn::tests

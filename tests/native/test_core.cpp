@@ -251,6 +251,7 @@ int run(bool forks) {
     return 77;
   }
   test_machinery(forks);
+  test_allocations();
   for (int cell = 0; cell < cell_count; ++cell) {
     check_variants(cell);
     check_elements(cell);

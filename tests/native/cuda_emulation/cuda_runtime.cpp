@@ -46,8 +46,8 @@ size_t number(const char* variable, size_t otherwise) {
   return text ? strtoull(text, nullptr, 10) : otherwise;
 }
 // What machine this is.
-const int gpus = int(number("FUSEDRNN_EMULATED_GPUS", 1)), driver = int(number("FUSEDRNN_EMULATED_DRIVER", 13000)),
-          capability = int(number("FUSEDRNN_EMULATED_CAPABILITY", 90));
+const int gpus = int(number("FUSEDRNN_EMULATED_GPUS", 1)),  // below 0: CUDA does not start
+    driver = int(number("FUSEDRNN_EMULATED_DRIVER", 13000)), capability = int(number("FUSEDRNN_EMULATED_CAPABILITY", 90));
 
 size_t limit = 0;
 size_t total_memory() {
@@ -57,7 +57,8 @@ size_t total_memory() {
 }
 size_t used = 0;
 
-// After so many launches one is at fault: it is launched, and from then on all calls fail. Below 0: none is.
+// After so many launches one is at fault: it is launched, and from then on launches, copies, allocations and waits fail. Below
+// 0: none is.
 std::atomic<int> launches_until_fault{-1};
 std::atomic<bool> at_fault{false};
 cudaError_t status() { return at_fault ? result(cudaErrorIllegalAddress) : cudaSuccess; }
@@ -152,6 +153,7 @@ cudaError_t cudaPeekAtLastError() { return last; }
 cudaError_t cudaGetDeviceCount(int* n) {
   *n = 0;
   if (driver < 13000) return result(cudaErrorInsufficientDriver);
+  if (gpus < 0) return result(cudaErrorInitializationError);
   if (gpus == 0) return result(cudaErrorNoDevice);
   return *n = gpus, cudaSuccess;
 }

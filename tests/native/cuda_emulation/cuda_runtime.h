@@ -241,7 +241,8 @@ enum cudaFuncAttribute {
 namespace emulated {
 // FUSEDRNN_EMULATED_GPUS (1), .._DRIVER (13000) and .._CAPABILITY (90) in the environment make it another machine.
 void limit_memory(size_t bytes);  // of the device; 0: as FUSEDRNN_EMULATED_MEMORY says, or 8 GiB
-void fault_after(int launches);   // then one is at fault, and every later call fails; below 0: none, and all is well again
+// Then a launch is at fault, and later launches, copies, allocations and waits fail; below 0: none is, and all is well again.
+void fault_after(int launches);
 // What the driver says no to from now on, when it is asked for room as when it is to launch.
 void refuse(bool clusters, bool cooperative);
 bool refuses_clusters();
