@@ -12,7 +12,7 @@
 
 namespace fusedrnn {
 
-// One step after another with the state kept: a stream. Nothing is allocated after the constructor.
+// One step after another with the state kept: a stream. A step allocates nothing, but for threads that it is the first to start.
 template <class T>
 class Stream {
  public:
