@@ -60,9 +60,9 @@ void check_stream(int cell, int threads) {
   const auto steps = [&](int n) {
     for (int i = 0; i < n; ++i) stream.step(p.x.data(), h.data());
   };
-  steps(300);  // in which threads start
+  steps(100);  // in which threads start
   const int64_t before = allocations().count;
-  steps(3000);
+  steps(300);
   const bool none = allocations().count == before;
   check(none, shape.name() + ": steps of a stream on " + std::to_string(threads) + " threads allocate nothing");
   set_local_threads(0);
