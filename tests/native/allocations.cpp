@@ -8,24 +8,30 @@
 namespace fusedrnn::tests {
 namespace {
 
-std::atomic<int64_t> count{0}, aligned_bytes{0};
+std::atomic<int64_t> count{0}, aligned_bytes{0}, count_in_calls{0}, bytes_in_calls{0};
 
-void* counted(size_t bytes) {
+void* counted(size_t bytes) noexcept {
   ++count;
-  if (void* p = malloc(bytes ? bytes : 1)) return p;
+  return malloc(bytes ? bytes : 1);
+}
+
+void* counted_or_throw(size_t bytes) {
+  if (void* p = counted(bytes)) return p;
   throw std::bad_alloc();
 }
 
 }  // namespace
 
-Allocations in_calls{0, 0};
 std::atomic<bool> refuses{false};
 Allocations allocations() { return {count, aligned_bytes}; }
+Allocations in_calls() { return {count_in_calls, bytes_in_calls}; }
 
 }  // namespace fusedrnn::tests
 
-void* operator new(size_t bytes) { return fusedrnn::tests::counted(bytes); }
-void* operator new[](size_t bytes) { return fusedrnn::tests::counted(bytes); }
+void* operator new(size_t bytes) { return fusedrnn::tests::counted_or_throw(bytes); }
+void* operator new[](size_t bytes) { return fusedrnn::tests::counted_or_throw(bytes); }
+void* operator new(size_t bytes, const std::nothrow_t&) noexcept { return fusedrnn::tests::counted(bytes); }
+void* operator new[](size_t bytes, const std::nothrow_t&) noexcept { return fusedrnn::tests::counted(bytes); }
 void operator delete(void* p) noexcept { free(p); }
 void operator delete[](void* p) noexcept { free(p); }
 void operator delete(void* p, size_t) noexcept { free(p); }
@@ -43,5 +49,5 @@ extern "C" void fusedrnn_counted(const std::function<void()>& work) {
   using namespace fusedrnn::tests;
   const Allocations before = allocations();
   work();
-  in_calls.count += count - before.count, in_calls.aligned_bytes += aligned_bytes - before.aligned_bytes;
+  count_in_calls += count - before.count, bytes_in_calls += aligned_bytes - before.aligned_bytes;
 }

@@ -11,7 +11,7 @@ struct Allocations {
   int64_t count, aligned_bytes;
 };
 Allocations allocations();          // so far
-extern Allocations in_calls;        // those within fusedrnn_counted (problem.h), added up
+Allocations in_calls();            // those within fusedrnn_counted (problem.h), added up
 extern std::atomic<bool> refuses;   // the next aligned one
 
 }  // namespace fusedrnn::tests
