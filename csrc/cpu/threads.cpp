@@ -201,31 +201,6 @@ int positive(const char* text) {
   return end != text && *end == 0 && n >= 1 && n <= 1024 ? int(n) : 0;
 }
 
-// The CPU quota of this process's cgroup, rounded up; 0 when there is none.
-int cgroup_limit() {
-  auto read = [](const std::string& path, const char* format, double* a, double* b) {
-    FILE* file = fopen(path.c_str(), "r");
-    if (!file) return 0;
-    int n = fscanf(file, format, a, b);
-    fclose(file);
-    return n;
-  };
-  double quota = 0, period = 0, unused = 0;
-  char line[512];
-  std::string group;
-  if (FILE* file = fopen("/proc/self/cgroup", "r")) {
-    while (fgets(line, sizeof line, file))
-      if (strncmp(line, "0::", 3) == 0) group.assign(line + 3, strcspn(line + 3, "\n"));
-    fclose(file);
-  }
-  for (const std::string& dir : {"/sys/fs/cgroup" + group, std::string("/sys/fs/cgroup")})
-    if (read(dir + "/cpu.max", "%lf %lf", &quota, &period) == 2 && period > 0) return int((quota + period - 1) / period);
-  if (read("/sys/fs/cgroup/cpu/cpu.cfs_quota_us", "%lf", &quota, &unused) == 1 && quota > 0 &&
-      read("/sys/fs/cgroup/cpu/cpu.cfs_period_us", "%lf", &period, &unused) == 1 && period > 0)
-    return int((quota + period - 1) / period);
-  return 0;
-}
-
 std::atomic<int> process_threads{0};
 thread_local int thread_threads = 0;
 
@@ -262,6 +237,38 @@ void wait(Barrier* barrier, int rank) {
 
 Barrier* barrier_at(Barrier* barriers, int i) { return barriers + i; }
 
+int cgroup_limit(const std::string& root) {
+  const auto read = [](const std::string& path, const char* format, double* a, double* b) {
+    FILE* file = fopen(path.c_str(), "r");
+    if (!file) return 0;
+    int n = fscanf(file, format, a, b);
+    fclose(file);
+    return n;
+  };
+  double quota = 0, period = 0, unused = 0;
+  std::string group;
+  if (FILE* file = fopen((root + "/proc/self/cgroup").c_str(), "r")) {
+    char line[512];
+    while (fgets(line, sizeof line, file))
+      if (strncmp(line, "0::", 3) == 0) group.assign(line + 3, strcspn(line + 3, "\n"));
+    fclose(file);
+  }
+  int limit = 0;
+  const auto add = [&] {
+    const int n = int((quota + period - 1) / period);
+    if (limit == 0 || n < limit) limit = n;
+  };
+  for (;; group.resize(group.rfind('/'))) {  // its own group's, and those of the groups around it
+    if (read(root + "/sys/fs/cgroup" + group + "/cpu.max", "%lf %lf", &quota, &period) == 2 && period > 0) add();
+    if (group.find('/') == group.npos) break;
+  }
+  const std::string v1 = root + "/sys/fs/cgroup/cpu/cpu.cfs_";
+  if (limit == 0 && read(v1 + "quota_us", "%lf", &quota, &unused) == 1 && quota > 0 &&
+      read(v1 + "period_us", "%lf", &period, &unused) == 1 && period > 0)
+    add();
+  return limit;
+}
+
 int available_threads() {
   static const int n = [] {
     int cores = int(std::thread::hardware_concurrency());
@@ -269,7 +276,7 @@ int available_threads() {
     cpu_set_t set;
     if (sched_getaffinity(0, sizeof set, &set) == 0) cores = CPU_COUNT(&set);
 #endif
-    int limit = cgroup_limit();
+    int limit = cgroup_limit("");
     if (limit > 0 && limit < cores) cores = limit;
     return cores < 1 ? 1 : cores;
   }();

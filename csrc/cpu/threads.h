@@ -11,6 +11,7 @@
 #include <atomic>
 #include <chrono>
 #include <memory>
+#include <string>
 #include <type_traits>
 
 namespace fusedrnn {
@@ -80,8 +81,12 @@ class alignas(64) Progress {
 void wait(Barrier* barrier, int rank);  // a null barrier has one member
 Barrier* barrier_at(Barrier* barriers, int i);
 
-// Threads that this process may use at once: affinity and cgroup limits, at least 1.
+// Threads that this process may use at once: affinity and cgroup limits, as they were when first asked for, at least 1.
 int available_threads();
+
+// The least CPU quota of this process's cgroup and of those around it, rounded up; 0 when there is none. `root`: of the file
+// system, another one in tests.
+int cgroup_limit(const std::string& root);
 
 int default_threads();             // as set, else FUSEDRNN_NUM_THREADS (std::invalid_argument if wrong), else all available
 void set_default_threads(int n);   // n >= 1

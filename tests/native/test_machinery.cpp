@@ -1,4 +1,5 @@
 // Memory, threads, barrier and fork: what the sequence loops stand on.
+#include <sys/stat.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -336,6 +337,32 @@ void test_hash() {
   check_hash<double>();
 }
 
+void test_cgroups() {
+  char directory[] = "/tmp/fusedrnn_cgroup_XXXXXX";
+  if (!check(mkdtemp(directory) != nullptr, "a directory to write to")) return;
+  const std::string root = directory;
+  std::vector<std::string> made;
+  const auto write = [&](const std::string& path, const char* text) {
+    for (size_t i = root.size() + 1; (i = path.find('/', i)) != path.npos; ++i)
+      if (mkdir(path.substr(0, i).c_str(), 0700) == 0) made.push_back(path.substr(0, i));
+    FILE* file = fopen(path.c_str(), "w");
+    if (!check(file != nullptr, "writing " + path)) return;
+    fputs(text, file);
+    fclose(file);
+    made.push_back(path);
+  };
+  check(cgroup_limit(root) == 0, "no cgroups, no limit");
+  write(root + "/proc/self/cgroup", "1:name=x:/elsewhere\n0::/outer/inner\n");
+  write(root + "/sys/fs/cgroup/outer/inner/cpu.max", "max 100000\n");
+  check(cgroup_limit(root) == 0, "no quota, no limit");
+  write(root + "/sys/fs/cgroup/outer/cpu.max", "250000 100000\n");
+  check(cgroup_limit(root) == 3, "the quota of a group around it, rounded up");
+  write(root + "/sys/fs/cgroup/outer/inner/cpu.max", "150000 100000\n");
+  check(cgroup_limit(root) == 2, "the least of them");
+  for (size_t i = made.size(); i-- > 0;) remove(made[i].c_str());
+  check(rmdir(directory) == 0, "nothing is left there");
+}
+
 void test_settings() {
   check(available_threads() >= 1 && default_threads() >= 1, "there is a thread");
   const int before = default_threads();
@@ -356,6 +383,7 @@ void test_settings() {
 void test_machinery(bool forks) {
   test_memory();
   test_settings();
+  test_cgroups();
   test_hash();
   test_tuner();
   test_tuned_calls();
