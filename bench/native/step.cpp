@@ -5,39 +5,24 @@
 // Arguments: hidden sizes (default: 8 16 32 64 128 256); the input size is the hidden size. float32.
 #include <algorithm>
 #include <chrono>
-#include <cmath>
 #include <cstdio>
 #include <cstdlib>
-#include <memory>
-#include <random>
 #include <vector>
 
-#include "cpu/dispatch.h"
-#include "cpu/stream.h"
 #include "cpu/threads.h"
+#include "drawn_layer.h"
 
 using namespace fusedrnn;
+using namespace fusedrnn::bench;
 
 namespace {
 
-std::vector<float> draw(int64_t n, double scale) {
-  static std::mt19937 generator(1);
-  std::uniform_real_distribution<float> uniform(float(-scale), float(scale));
-  std::vector<float> values(n);
-  for (float& v : values) v = uniform(generator);
-  return values;
-}
-
 void measure(int cell, int64_t H) {
-  const Spec spec{cell, H, H, 1, 1, true, false};
-  const int64_t rows = spec.info().gates * H;
-  const double scale = 1 / std::sqrt(double(H));
-  const std::vector<float> w_ih = draw(rows * H, scale), w_hh = draw(rows * H, scale), b_ih = draw(rows, scale),
-                           b_hh = draw(rows, scale), x = draw(H, 1);
-  const StackWeights<const float> weights{{w_ih.data(), w_hh.data(), b_ih.data(), b_hh.data()}};
-  Stream<float> stream(spec, std::make_shared<const Panels<float>>(spec, weights), 1);
+  const DrawnLayer layer(cell, H);
+  Stream<float> stream = layer.stream();
+  const std::vector<float> x = draw(H, 1);
   std::vector<float> h(H);
-  const int steps = int(std::max<int64_t>(50, 4000000 / (rows * H)));  // a sample takes some 0.2 to 1 ms
+  const int steps = layer.steps();
   std::vector<double> samples;
   for (int i = 0; i < 400; ++i) {
     const auto start = std::chrono::steady_clock::now();

@@ -10,24 +10,16 @@
 #include <cmath>
 #include <cstdio>
 #include <memory>
-#include <random>
+#include <string>
 #include <vector>
 
-#include "cpu/dispatch.h"
-#include "cpu/stream.h"
 #include "cpu/threads.h"
+#include "drawn_layer.h"
 
 using namespace fusedrnn;
+using namespace fusedrnn::bench;
 
 namespace {
-
-std::vector<float> draw(int64_t n, double scale) {
-  static std::mt19937 generator(1);
-  std::uniform_real_distribution<float> uniform(float(-scale), float(scale));
-  std::vector<float> values(n);
-  for (float& v : values) v = uniform(generator);
-  return values;
-}
 
 int cell_named(const char* name) {
   int cell = 0;
@@ -60,33 +52,28 @@ double median(std::vector<double> v) {
 // `Layer` is RTNeural's; set_bias(layer, b_ih, b_hh) has the two biases in its order of gates.
 template <class Layer, int H, class SetBias>
 bool measure(const char* name, const std::vector<int>& order, SetBias set_bias) {
-  const Spec spec{cell_named(name), H, H, 1, 1, true, false};
-  const int64_t rows = spec.info().gates * H;
-  const double scale = 1 / std::sqrt(double(H));
-  const std::vector<float> w_ih = draw(rows * H, scale), w_hh = draw(rows * H, scale), b_ih = draw(rows, scale),
-                           b_hh = draw(rows, scale);
-  const StackWeights<const float> weights{{w_ih.data(), w_hh.data(), b_ih.data(), b_hh.data()}};
-  Stream<float> ours(spec, std::make_shared<const Panels<float>>(spec, weights), 1);
+  const DrawnLayer drawn(cell_named(name), H);
+  Stream<float> ours = drawn.stream();
 
   const auto theirs = std::make_unique<RTNeural::ModelT<float, H, H, Layer>>();
   auto& layer = theirs->template get<0>();
-  layer.setWVals(columns<H>(w_ih, H, order));
-  layer.setUVals(columns<H>(w_hh, H, order));
-  set_bias(layer, columns<H>(b_ih, 1, order)[0], columns<H>(b_hh, 1, order)[0]);
+  layer.setWVals(columns<H>(drawn.w_ih, H, order));
+  layer.setUVals(columns<H>(drawn.w_hh, H, order));
+  set_bias(layer, columns<H>(drawn.b_ih, 1, order)[0], columns<H>(drawn.b_hh, 1, order)[0]);
   theirs->reset();
 
   alignas(64) float x[H], h[H];
   float error = 0;
   for (int t = 0; t < 20; ++t) {
-    const std::vector<float> drawn = draw(H, 1);
-    std::copy(drawn.begin(), drawn.end(), x);
+    const std::vector<float> input = draw(H, 1);
+    std::copy(input.begin(), input.end(), x);
     ours.step(x, h);
     theirs->forward(x);
     for (int u = 0; u < H; ++u) error = std::max(error, std::abs(h[u] - theirs->getOutputs()[u]));
   }
   if (!(error < 1e-3f)) return std::fprintf(stderr, "%s, H = %d: results differ by %g\n", name, H, double(error)), false;
 
-  const int steps = int(std::max<int64_t>(50, 4000000 / (rows * H)));  // a sample takes some 0.2 to 1 ms
+  const int steps = drawn.steps();
   std::vector<double> us, them, ratio;
   for (int i = 0; i < 300; ++i) {
     us.push_back(sample(steps, [&] { ours.step(x, h); }));

@@ -62,7 +62,7 @@ class BackwardPass {
     found_.emplace(now, call_.stream);
     expected_.emplace(tape_.sums, call_.stream);
   }
-  // Throws if they did. Only then is anything of the caller's written.
+  // Throws if they did. Nothing of the caller's is written before.
   void check() {
     if (!found_) return;
     const auto &found = found_->wait(), &expected = expected_->wait();

@@ -1,10 +1,11 @@
 // Memory, threads, barrier and fork: what the sequence loops stand on.
-#include <sys/stat.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
 #include <algorithm>
 #include <chrono>
+#include <filesystem>
+#include <fstream>
 #include <memory>
 #include <new>
 #include <stdexcept>
@@ -338,29 +339,22 @@ void test_hash() {
 }
 
 void test_cgroups() {
-  char directory[] = "/tmp/fusedrnn_cgroup_XXXXXX";
-  if (!check(mkdtemp(directory) != nullptr, "a directory to write to")) return;
-  const std::string root = directory;
-  std::vector<std::string> made;
-  const auto write = [&](const std::string& path, const char* text) {
-    for (size_t i = root.size() + 1; (i = path.find('/', i)) != path.npos; ++i)
-      if (mkdir(path.substr(0, i).c_str(), 0700) == 0) made.push_back(path.substr(0, i));
-    FILE* file = fopen(path.c_str(), "w");
-    if (!check(file != nullptr, "writing " + path)) return;
-    fputs(text, file);
-    fclose(file);
-    made.push_back(path);
+  namespace fs = std::filesystem;
+  const fs::path root = fs::temp_directory_path() / ("fusedrnn_cgroup_" + std::to_string(getpid()));
+  const auto write = [&](const char* path, const char* text) {
+    fs::create_directories((root / path).parent_path());
+    std::ofstream(root / path) << text;
   };
-  check(cgroup_limit(root) == 0, "no cgroups, no limit");
-  write(root + "/proc/self/cgroup", "1:name=x:/elsewhere\n0::/outer/inner\n");
-  write(root + "/sys/fs/cgroup/outer/inner/cpu.max", "max 100000\n");
-  check(cgroup_limit(root) == 0, "no quota, no limit");
-  write(root + "/sys/fs/cgroup/outer/cpu.max", "250000 100000\n");
-  check(cgroup_limit(root) == 3, "the quota of a group around it, rounded up");
-  write(root + "/sys/fs/cgroup/outer/inner/cpu.max", "150000 100000\n");
-  check(cgroup_limit(root) == 2, "the least of them");
-  for (size_t i = made.size(); i-- > 0;) remove(made[i].c_str());
-  check(rmdir(directory) == 0, "nothing is left there");
+  const auto limit = [&] { return cgroup_limit(root.string()); };
+  check(limit() == 0, "no cgroups, no limit");
+  write("proc/self/cgroup", "1:name=x:/elsewhere\n0::/outer/inner\n");
+  write("sys/fs/cgroup/outer/inner/cpu.max", "max 100000\n");
+  check(limit() == 0, "no quota, no limit");
+  write("sys/fs/cgroup/outer/cpu.max", "250000 100000\n");
+  check(limit() == 3, "the quota of a group around it, rounded up");
+  write("sys/fs/cgroup/outer/inner/cpu.max", "150000 100000\n");
+  check(limit() == 2, "the least of them");
+  fs::remove_all(root);
 }
 
 void test_settings() {
