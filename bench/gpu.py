@@ -1,6 +1,7 @@
 """`python -m fusedrnn.bench.gpu`: layers on a GPU against cuDNN through PyTorch, in the same process.
 
-Both are given the same weights and PyTorch's tensors, on PyTorch's stream. Each case first compares the two
+Both are given the same weights and PyTorch's tensors, on PyTorch's stream. Forward is that of a frozen layer,
+whose weights are packed once, as PyTorch's are by `flatten_parameters`. Each case first compares the two
 answers. Then they take turns, in slots of many calls between two CUDA events; a row has each one's median
 over the rounds and the ratio of these, theirs over ours. PyTorch runs in every setting that may suit it best,
 CUDA graphs among them, and the best is what counts. It has no GRU that resets before its product, and its
@@ -102,6 +103,7 @@ class Pair:
         ours, theirs = kinds[case.cell]
         options: Any = {"num_layers": case.L, "bidirectional": case.D == 2}
         self.ours = ours(case.I, case.H, **options, dtype=case.dtype, seed=0, device="cuda")
+        self.frozen = self.ours.freeze()
         self.theirs = theirs(case.I, case.H, **options, dtype=dtype, device=device)
         adopt: Any = getattr(torch, "from_dlpack")  # noqa: B009  its stubs do not export it
         state = {name: adopt(p) for name, p in self.ours.state_dict().items()}
@@ -114,12 +116,12 @@ class Pair:
             self.lengths = [case.T, *map(int, spread[1:])]
 
     def run_ours(self) -> tuple[Any, Any]:
-        layer, x = self.ours, self.x
+        x = self.x
         with fr.tf32(self.case.tf32):
             if not self.case.train:
-                return layer(x, lengths=self.lengths)[0], None
-            y, _, tape = layer.forward(x, lengths=self.lengths)
-            return y, layer.backward(tape, self.dy).flat
+                return self.frozen(x, lengths=self.lengths)[0], None
+            y, _, tape = self.ours.forward(x, lengths=self.lengths)
+            return y, self.ours.backward(tape, self.dy).flat
 
     def run_theirs(self) -> tuple[Any, Any]:
         torch, rnn = self.torch, self.torch.nn.utils.rnn

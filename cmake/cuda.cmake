@@ -56,6 +56,7 @@ set(cuda_sources
   csrc/cuda/elementwise.cu
   csrc/cuda/machine.cpp
   csrc/cuda/memory.cpp
+  csrc/cuda/panels.cu
   csrc/cuda/persistent_bf16.cu
   csrc/cuda/persistent_f16.cu
   csrc/cuda/persistent_f32.cu

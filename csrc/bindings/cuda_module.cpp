@@ -307,9 +307,18 @@ std::vector<cuda::Weights> weights(const PySpec& s, const py::object& tuple) {
   return out;
 }
 
+void pack(const PySpec& s, int device, uintptr_t stream, const py::tuple& params, const py::array& panels) {
+  require_capable(device);
+  void* const into = contiguous(s, panels, cuda::panel_bytes(s.spec, s.dtype) / s.element);
+  const std::vector<cuda::Weights> from = weights(s, params);
+  GilRelease release;
+  cuda::pack(s.spec, s.dtype, device, stream_of(stream), from, into);
+}
+
 std::unique_ptr<PyTape> forward(const PySpec& s, int device, const StreamObject& stream, bool tf32, const py::tuple& params,
-                                const py::array& x, const py::object& state, const py::object& lengths, const py::array& y,
-                                const py::tuple& state_out, bool training, double dropout, uint64_t seed) {
+                                const py::object& panels, const py::array& x, const py::object& state,
+                                const py::object& lengths, const py::array& y, const py::tuple& state_out, bool training,
+                                double dropout, uint64_t seed) {
   require_capable(device);
   const Spec& spec = s.spec;
   cuda::StackForward call{};
@@ -318,6 +327,7 @@ std::unique_ptr<PyTape> forward(const PySpec& s, int device, const StreamObject&
   expect(x.ndim() == 3, "x must have three axes");
   call.T_ = x.shape(0), call.B = x.shape(1);
   call.weights = weights(s, params);
+  if (!panels.is_none()) call.panels = contiguous(s, panels, cuda::panel_bytes(spec, s.dtype) / s.element);
   call.x = sequence(s, x, call.T_, call.B, spec.I);
   call.y = sequence(s, y, call.T_, call.B, spec.D * spec.H);
   states(s, state, call.B, call.state);
@@ -427,9 +437,13 @@ PYBIND11_MODULE(_cuda, m, pybind11::mod_gil_not_used()) {
                                                         py::arg("input_size"), py::arg("hidden_size"), py::arg("num_layers"),
                                                         py::arg("directions"), py::arg("bias"), py::arg("reverse"));
   py::class_<PyTape>(m, "Tape").def_property_readonly("nbytes", &PyTape::bytes);
+  m.def("panel_bytes", [](const fusedrnn::bindings::PySpec& s) { return cuda::panel_bytes(s.spec, s.dtype); }, py::arg("spec"));
+  m.def("pack", &fusedrnn::bindings::pack, py::arg("spec"), py::arg("device"), py::arg("stream"), py::arg("params"),
+        py::arg("panels"));
   m.def("forward", &fusedrnn::bindings::forward, py::arg("spec"), py::arg("device"), py::arg("stream"), py::arg("tf32"),
-        py::arg("params"), py::arg("x"), py::arg("state").none(true), py::arg("lengths").none(true), py::arg("y"),
-        py::arg("state_out"), py::arg("training"), py::arg("dropout"), py::arg("seed"));
+        py::arg("params"), py::arg("panels").none(true), py::arg("x"), py::arg("state").none(true),
+        py::arg("lengths").none(true), py::arg("y"), py::arg("state_out"), py::arg("training"), py::arg("dropout"),
+        py::arg("seed"));
   m.def("backward", &fusedrnn::bindings::backward, py::arg("spec"), py::arg("device"), py::arg("stream"), py::arg("params"),
         py::arg("tape"), py::arg("x"), py::arg("dy"), py::arg("dstate"), py::arg("dx"), py::arg("dstate_out"),
         py::arg("dparams"), py::arg("accumulate"));

@@ -28,6 +28,11 @@ struct Options {
   bool tf32 = false;          // products of float32 may round their factors to TF32
 };
 
+// A stack's weights once more, as forward passes read them, for one that runs often: pack() makes them, in `panels`, device
+// memory of panel_bytes() that is aligned to 256.
+int64_t panel_bytes(const Spec& spec, DType dtype);
+void pack(const Spec& spec, DType dtype, int device, Stream stream, const std::vector<Weights>& weights, void* panels);
+
 // What a training forward keeps for its backward passes. Freed on the stream it was made on, which must outlive it.
 class Tape;
 
@@ -39,6 +44,7 @@ struct StackForward {
   Stream stream;
   int64_t T_, B;
   std::vector<Weights> weights;  // L*D: layer by layer, forward direction first
+  void* panels;                  // of these weights, or null: the pass makes its own
   Sequence x, y;
   const void* state[max_states];  // (L*D, B, H), or null for zeros
   void* final_state[max_states];

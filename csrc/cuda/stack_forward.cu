@@ -1,5 +1,6 @@
 #include <algorithm>
 
+#include "cuda/panels.h"
 #include "cuda/stack_work.h"
 #include "cuda/tape.h"
 
@@ -16,6 +17,7 @@ class ForwardPass {
       : call_(call), tape_(tape), own_order_(tape ? nullptr : new Order(call.T_, call.B, call.lengths)),
         w_(call.spec, call.options, call.device, call.stream, call.T_, order_, device_order_), y_(call.spec.L),
         saved_(call.spec.count()), operand_(call.spec.count()) {
+    if (call_.panels) panels_ = panels_in<T>(spec_, call_.panels);
     allocate();
   }
 
@@ -56,8 +58,11 @@ class ForwardPass {
       own.chunk =
           spec_.backward_in_time(d) && !w_.packed ? w_.steps : chunk_steps(w_.steps, B * cell_.input.count * H * sizeof(S));
       arena_.want(&own.input, {std::min(N, own.chunk * B), H, cell_.input.count});
-      if (cell_.input.count > 1) arena_.want(&own.w_ih, {H, cell_.input.count, std::max(spec_.I, spec_.input_size(L - 1))});
-      arena_.want(&own.bias, {cell_.slots, H});
+      if (panels_.empty()) {
+        if (cell_.input.count > 1)
+          arena_.want(&own.panel.w_ih, {H, cell_.input.count, std::max(spec_.I, spec_.input_size(L - 1))});
+        arena_.want(&own.panel.bias, {cell_.slots, H});
+      }
       if (cell_.states > 1) arena_.want(&own.carry, {B, H});
       if (cell_.phases > 1) arena_.want(&own.slots, {B, cell_.slots, H});
       if (cell_.phases > 1 && !tape_) arena_.want(&own.operand, {B, H});
@@ -102,10 +107,12 @@ class ForwardPass {
     const int64_t i = l * spec_.D + d, I = spec_.input_size(l), H = w_.H, steps = w_.steps;
     const Weights& weights = call_.weights[i];
     const PerDirection& own = own_[d];
+    if (panels_.empty()) pack(own.panel, cell_, weights, H, I, on);
+    const Panel<T>& panel = panels_.empty() ? own.panel : panels_[i];
     ForwardArgs<T> a{};
     a.schedule = w_.schedule(spec_.backward_in_time(d));
     a.H = int(H);
-    a.bias = own.bias, a.carry = own.carry, a.slots = own.slots;
+    a.bias = panel.bias, a.carry = own.carry, a.slots = own.slots;
     a.w_hh = static_cast<const T*>(weights.w_hh);
     for (int s = 0; s < cell_.states; ++s) {
       a.state[s] = at<T>(call_.state[s], i * w_.B * H);
@@ -114,12 +121,7 @@ class ForwardPass {
     a.y = y_[l] + d * H, a.y_row = w_.width;
     a.saved = tape_ ? saved_[i] : nullptr;
     a.operand = tape_ ? operand_[i] : own.operand;
-    const T* w_ih = static_cast<const T*>(weights.w_ih);
-    if (cell_.input.count > 1) {
-      interleave_weights<T>(own.w_ih, w_ih, cell_, cell_.input, H, I, on);
-      w_ih = own.w_ih;
-    }
-    slot_biases<T>(own.bias, static_cast<const T*>(weights.b_ih), static_cast<const T*>(weights.b_hh), cell_, H, on);
+    const T* const w_ih = panel.w_ih ? panel.w_ih : static_cast<const T*>(weights.w_ih);
     const int64_t width = cell_.input.count * H;
     // Projects the input of steps [begin, end) to where it belongs when own.input has row `base` first.
     const auto project = [&](int64_t begin, int64_t end, int64_t base, cudaStream_t stream) {
@@ -172,11 +174,13 @@ class ForwardPass {
   const bool drops_ = tape_ && call_.dropout > 0 && spec_.L > 1;
 
   Arena arena_;
+  std::vector<Panel<T>> panels_;         // the call's, if it brings any
   std::vector<T*> y_, saved_, operand_;  // see Tape
   T *between_[2] = {}, *masked_ = nullptr, *x_room_ = nullptr, *h0_ = nullptr;
   struct PerDirection {
-    S *input, *bias, *carry, *slots;
-    T *operand, *w_ih;
+    S *input, *carry, *slots;
+    T* operand;
+    Panel<T> panel;  // where the call brings none
     int64_t chunk;  // steps
   } own_[2] = {};
 };

@@ -84,12 +84,15 @@ def to_dlpack(
     versioned: bool,
     copied: bool,
 ) -> Any: ...
+def panel_bytes(spec: Spec) -> int: ...
+def pack(spec: Spec, device: int, stream: int, params: tuple[Array, ...], panels: Array) -> None: ...
 def forward(
     spec: Spec,
     device: int,
     stream: int,
     tf32: bool,
     params: tuple[Array, ...],
+    panels: Array | None,
     x: Array,
     state: tuple[Array | None, ...] | None,
     lengths: Array | None,

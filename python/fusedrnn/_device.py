@@ -10,7 +10,7 @@ from numpy import ndarray
 
 from . import _check, _dtypes
 from ._cuda_module import module, parsed
-from ._device_array import CODES, DL_CPU, DeviceArray, Memory, current_stream, running
+from ._device_array import CODES, DL_CPU, DeviceArray, Memory, current_stream, order, running
 from ._device_interop import library, place, taken
 from ._dtypes import bfloat16
 from ._typing import Array
@@ -161,8 +161,13 @@ class Device:
         cell, dtype, *rest = args
         return module().Spec(cell, str(dtype), *rest)
 
-    def pack(self, spec: Any, weights: Any) -> None:
-        """Weights are read as they are."""
+    def pack(self, spec: Any, weights: tuple[DeviceArray, ...]) -> DeviceArray:
+        """Those of the weights once more that the kernels read in another order; nobody else knows which."""
+        dtype = weights[0].dtype
+        panels = self.empty((module().panel_bytes(spec) // weights[0].itemsize,), dtype)
+        order(weights, panels._memory.stream)
+        module().pack(spec, self.index, panels._memory.stream, _shadows(weights), panels._shadow)
+        return panels
 
     def forward(
         self,
@@ -176,13 +181,14 @@ class Device:
         training: bool,
         dropout: float,
         seed: int,
-        panels: None,
+        panels: DeviceArray | None,
     ) -> Any:
         from ._tf32 import get_tf32
 
         return module().forward(
-            spec, self.index, current_stream(), get_tf32(), _shadows(weights), x._shadow, _shadows(states),
-            lengths, y._shadow, _shadows(final), training, dropout, seed,
+            spec, self.index, current_stream(), get_tf32(), _shadows(weights),
+            None if panels is None else panels._shadow, x._shadow, _shadows(states), lengths,
+            y._shadow, _shadows(final), training, dropout, seed,
         )  # fmt: skip
 
     def backward(

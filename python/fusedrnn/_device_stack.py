@@ -38,7 +38,7 @@ class DeviceStack(Stack):
             x = call.take("x", x, self.dtype)
             states = call.take_each(STATES, states, self.dtype)
             taken_out: Any = None if out is None else call.take_out("out", out, self.dtype)
-            order(weights, call.stream)
+            order(weights if panels is None else (*weights, panels), call.stream)
             y: Any
             final: Any
             y, final, tape = super().forward(
@@ -87,7 +87,7 @@ class DeviceStack(Stack):
             super()._failed(error, tape, grads, retain)
 
     def stream(self, weights: tuple[Any, ...], flat: Any, panels: Any, batch: int) -> Any:
-        return DeviceStream(self, weights, flat, batch)
+        return DeviceStream(self, weights, flat, panels, batch)
 
     def _taken(self, call: Call, into: Any, wrt: Any, kind: type[G]) -> Any:
         """`into` on the GPU, as far as it is to be written; whether it fits is checked with the rest."""
@@ -114,8 +114,10 @@ class DeviceStream:
     Unlike there, a step allocates, and with numpy's arrays it waits for the GPU.
     """
 
-    def __init__(self, stack: Stack, weights: tuple[Any, ...], flat: Any, batch_size: int) -> None:
-        self._stack, self._weights, self._flat = stack, weights, flat
+    def __init__(
+        self, stack: Stack, weights: tuple[Any, ...], flat: Any, panels: Any, batch_size: int
+    ) -> None:
+        self._stack, self._weights, self._flat, self._panels = stack, weights, flat, panels
         self.batch_size = batch_size
         self._state: Any = None  # a tuple of arrays on the GPU; None for zeros
         self._busy = threading.Lock()
@@ -147,12 +149,12 @@ class DeviceStream:
                 )
                 if not into.flags.c_contiguous:
                     raise ValueError("stream.step: out must be C-contiguous and aligned")
-            order((self._flat, *(self._state or ())), call.stream)
+            order((self._flat, self._panels, *(self._state or ())), call.stream)
             taken._source = None
             y: Any
             y, self._state, _ = Stack.forward(
                 stack, self._weights, stack.on.ready(taken).reshape(1, B, stack.inputs), self._state, None,
-                None if into is None else into.reshape(1, B, stack.hidden), self._flat,
+                None if into is None else into.reshape(1, B, stack.hidden), self._flat, self._panels,
             )  # fmt: skip
             if out is None:
                 return call.give(y.reshape(shape))

@@ -6,7 +6,7 @@ from typing import Any, Generic, NoReturn, Protocol, Self
 
 import numpy.typing as npt
 
-from . import _check, _core
+from . import _check
 from ._config import Config, Configured
 from ._params import Params
 from ._stack import Stack, stack_on
@@ -31,7 +31,7 @@ class Frozen(Configured, Generic[State]):
     __slots__ = ("_config", "_flat", "_panels", "_params", "_stack", "_weights")
 
     _flat: Any
-    _panels: _core.Panels | None
+    _panels: Any  # a _core.Panels, or a DeviceArray
     _params: Params
     _stack: Stack
     _weights: tuple[Array, ...]
@@ -89,7 +89,7 @@ class Frozen(Configured, Generic[State]):
 
     @property
     def nbytes(self) -> int:
-        return int(self._flat.nbytes) + (0 if self._panels is None else self._panels.nbytes)
+        return int(self._flat.nbytes + self._panels.nbytes)
 
     def to(self, device: Any = None, dtype: npt.DTypeLike | None = None) -> Frozen[State]:
         """This on another device, or in another dtype, as `layer.to` has it; itself where nothing changes."""

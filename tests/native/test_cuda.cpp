@@ -143,6 +143,12 @@ struct Session {
     cuda::StackForward call{};
     call.spec = spec, call.dtype = cuda::dtype_of<T>, call.stream = stream, call.T_ = s.T, call.B = s.B;
     call.weights = weights();
+    const bool frozen = !training && !apart;
+    OnCard<T> panels(frozen ? size_t(cuda::panel_bytes(spec, call.dtype)) / sizeof(T) : 0);
+    if (frozen) {
+      cuda::pack(spec, call.dtype, call.device, stream, call.weights, panels.data());
+      call.panels = panels.data();
+    }
     call.x = x.sequence();
     Placed<T> y(nullptr, s.T, s.B, p.width(), apart);
     call.y = y.sequence();
