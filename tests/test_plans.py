@@ -180,6 +180,25 @@ def test_trace_prints_the_plan_and_the_estimate_beside_the_time():
         assert re.search(r"expected \d+ us, took \d+$", line)
 
 
+def test_trace_prints_a_streams_plan_where_it_changes():
+    code = (
+        "import numpy as np, fusedrnn as fr; fr.set_num_threads(2); "
+        "stream = fr.LSTM(256, 256, seed=0).freeze().stream(); x = np.ones((1, 256), np.float32)\n"
+        "for _ in range(4000): stream.step(x)"
+    )
+    env = {**os.environ, "FUSEDRNN_TRACE": "1"}
+    lines = subprocess.run(
+        [sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True
+    ).stderr.splitlines()
+    plan = (
+        r"fusedrnn: stream lstm layer 0: T=1 B=1 I=256 H=256 float32, \S+: 1 row x (\d) unit threads, "
+        r"1 steps or \d+ rows a chunk[^;]*; expected \d+\.\d us a step(?:, being measured)?"
+    )
+    threads = [re.fullmatch(plan, line).group(1) for line in lines]
+    assert threads[0] == "1"
+    assert all(a != b for a, b in zip(threads, threads[1:], strict=False))
+
+
 def test_trace_prints_a_wavefront():
     code = (
         "import time, numpy as np, fusedrnn as fr; from fusedrnn import _core; fr.set_num_threads(2); "

@@ -174,17 +174,8 @@ class Trace {
   void layer(const Spec& spec, int64_t l, int64_t T_, int64_t B, const Crew& crew) {
     if (!on_) return;
     const Plan& plan = crew.plan(l);
-    fprintf(stderr,
-            "fusedrnn: %s %s layer %lld: T=%lld B=%lld I=%lld H=%lld %s, %s: %d row x %d unit threads%s, "
-            "%lld steps or %lld rows a chunk%s%s%s",
-            pass_, spec.info().name, (long long)l, (long long)T_, (long long)B, (long long)spec.input_size(l),
-            (long long)spec.H, sizeof(T) == 4 ? "float32" : "float64", isa().c_str(), plan.row_threads, plan.unit_threads,
-            crew.split()   ? " for each direction"
-            : crew.flows() ? " in a wavefront"
-                           : "",
-            (long long)plan.chunk_steps, (long long)plan.chunk_rows,
-            plan.fused && plan.chunk_steps == 1 ? ", both products in one tile" : "", plan.far ? ", asking ahead" : "",
-            crew.tuned() ? ", threads as measured" : "");
+    print<T>(pass_, spec, l, T_, B, plan, crew.split() ? " for each direction" : crew.flows() ? " in a wavefront" : "");
+    if (crew.tuned()) fputs(", threads as measured", stderr);
     if (crew.flows())
       fputs("\n", stderr);
     else
@@ -198,9 +189,27 @@ class Trace {
             spec.info().name, (long long)spec.L, crew.wave().teams, (long long)crew.wave().ranges);
     took(crew.wave().estimated_us);
   }
+  // A stream, whose steps are too short for a line each, has one for each number of threads that it goes over to.
+  template <class T>
+  static void stream_layer(const Spec& spec, int64_t l, int64_t B, const Plan& plan, bool trying) {
+    if (!enabled()) return;
+    print<T>("stream", spec, l, 1, B, plan);
+    fprintf(stderr, "; expected %.1f us a step%s\n", plan.estimated_us, trying ? ", being measured" : "");
+  }
 
  private:
   using Clock = std::chrono::steady_clock;
+  template <class T>
+  static void print(const char* pass, const Spec& spec, int64_t l, int64_t T_, int64_t B, const Plan& plan,
+                    const char* beside = "") {
+    fprintf(stderr,
+            "fusedrnn: %s %s layer %lld: T=%lld B=%lld I=%lld H=%lld %s, %s: %d row x %d unit threads%s, "
+            "%lld steps or %lld rows a chunk%s%s",
+            pass, spec.info().name, (long long)l, (long long)T_, (long long)B, (long long)spec.input_size(l), (long long)spec.H,
+            sizeof(T) == 4 ? "float32" : "float64", isa().c_str(), plan.row_threads, plan.unit_threads, beside,
+            (long long)plan.chunk_steps, (long long)plan.chunk_rows,
+            plan.fused && plan.chunk_steps == 1 ? ", both products in one tile" : "", plan.far ? ", asking ahead" : "");
+  }
   void took(double expected_us) {
     const double us = std::chrono::duration<double, std::micro>(Clock::now() - start_).count();
     fprintf(stderr, "; expected %.0f us, took %.0f\n", expected_us, us);

@@ -72,6 +72,7 @@ Stream<T>::Stream(const Spec& spec, std::shared_ptr<const Panels<T>> panels, int
   all_ = std::make_unique<Barrier>();
   for (Level& level : levels_) level.barriers = std::make_unique<Barrier[]>(1 + most_threads_);
   for (int n = most_threads_; n >= 1; --n) plan_for(n);  // room in the barriers for every number
+  trace();
   reset();
 }
 
@@ -85,6 +86,11 @@ void Stream<T>::plan_for(int threads) {
     for (int r = 0; r < level.plan.row_threads; ++r) level.barriers[1 + r].reset(level.plan.unit_threads, false);
   }
   planned_ = threads;
+}
+
+template <class T>
+void Stream<T>::trace() const {
+  for (int64_t l = 0; l < spec_.L; ++l) Trace::stream_layer<T>(spec_, l, B_, levels_[l].plan, tuner_.trying());
 }
 
 template <class T>
@@ -116,7 +122,10 @@ void Stream<T>::run_on_several() {
   const bool awake = wanted > 1 && start - last_end_ < spin_window;
   const int asked = awake && tuner_.choice() == 1 ? wanted : 1;
   Lease lease(asked);
-  if (lease.size() != planned_) plan_for(lease.size());
+  if (lease.size() != planned_) {
+    plan_for(lease.size());
+    trace();
+  }
   lease.run(planned_, [this, now = now_](int rank) {
     for (Level& level : levels_) {
       if (rank < level.plan.threads())

@@ -33,6 +33,7 @@ class Stream {
   std::vector<ptrdiff_t> input_row_, state_row_;
   Plan plan_of(int64_t layer, int threads) const;
   void plan_for(int threads);
+  void trace() const;  // see Trace
   void run_alone();
   void run_on_several();
   using Clock = std::chrono::steady_clock;
