@@ -88,7 +88,8 @@ if(cuda STREQUAL "EMULATED")
   target_include_directories(fusedrnn_cuda SYSTEM PUBLIC tests/native/cuda_emulation)
   target_compile_definitions(fusedrnn_cuda PUBLIC FUSEDRNN_EMULATED)
   # -O1: half the compiler's time of -O3, and the kernels run as fast, since most of a run is threads' turns.
-  target_compile_options(fusedrnn_cuda PRIVATE -Wall -Wextra -Wno-unknown-pragmas -ffp-contract=off -O1)
+  target_compile_options(fusedrnn_cuda PRIVATE -Wall -Wextra -Wno-unknown-pragmas -ffp-contract=off
+    $<$<CONFIG:Release>:-O1>)
   if(FUSEDRNN_TESTS)
     enable_testing()
     foreach(name emulator persistent)

@@ -263,13 +263,17 @@ def test_a_subclass_of_a_librarys_arrays_is_that_librarys():
 
 
 @needs_gpu
-def test_memory_of_another_stream_is_taken_after_its_work_and_given_back_after_the_call(monkeypatch):
+@pytest.mark.parametrize("of", ["layer", "frozen", "stream"])
+def test_memory_of_another_stream_is_taken_after_its_work_and_given_back_after_the_call(monkeypatch, of):
     call = draw(gpu_case())
+    frozen = call.layer.freeze()
+    stream = frozen.stream(B)
     x, other, waits = on_device(call.x), 7, []
     cuda = _cuda_module.module()
     monkeypatch.setattr(cuda, "wait", lambda _, waiter, before: waits.append((waiter, before)))
-    monkeypatch.setattr(call.layer.flat_params._memory, "stream", other)
-    call.layer(x)
+    memory = call.layer.flat_params if of == "layer" else frozen._panels
+    monkeypatch.setattr(memory._memory, "stream", other)
+    {"layer": call.layer, "frozen": frozen, "stream": lambda x: stream.step(x[0])}[of](x)
     assert waits == [(0, other), (other, 0)]
 
 

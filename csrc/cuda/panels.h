@@ -1,5 +1,5 @@
-// Weights as a forward pass reads them: with the gates of a hidden unit side by side. The sibling of cpu/panels.h; W_hh has
-// no panel here, since the kernels take it as it is.
+// What a forward pass reads in another order than the caller's: W_ih with the gates of a hidden unit side by side, and the
+// sums of the biases. The sibling of cpu/panels.h; W_hh has no panel here, since the kernels take it as it is.
 #pragma once
 
 #include "cuda/elementwise.h"
@@ -20,38 +20,27 @@ void pack(const Panel<T>& panel, const CellInfo& cell, const Weights& weights, i
   slot_biases<T>(panel.bias, static_cast<const T*>(weights.b_ih), static_cast<const T*>(weights.b_hh), cell, H, stream);
 }
 
-// Where a stack's panels lie in one piece of memory, in bytes from its beginning.
-struct PanelPlaces {
-  struct Place {
-    int64_t w_ih, bias;
-  };
-  std::vector<Place> of;  // (L*D)
-  int64_t bytes = 0;      // all
+// A stack's, one after the other in one piece of memory.
+template <class T>
+struct Panels {
+  std::vector<Panel<T>> of;  // (L*D)
+  int64_t bytes = 0;
 
-  PanelPlaces(const Spec& spec, int64_t element, int64_t accumulator) : of(spec.count()) {
-    const auto take = [&](int64_t n, int64_t size) {
-      const int64_t at = bytes;
-      bytes += (n * size + 255) / 256 * 256;
+  Panels(const Spec& spec, void* data) {
+    const auto take = [&](int64_t n, size_t element) {
+      const uintptr_t at = uintptr_t(data) + uintptr_t(bytes);
+      bytes += (n * int64_t(element) + 255) / 256 * 256;
       return at;
     };
     const CellInfo& cell = spec.info();
     for (int64_t i = 0; i < spec.count(); ++i) {
-      const int64_t gates = cell.input.count > 1 ? cell.input.count : 0;
-      of[i].w_ih = take(spec.H * gates * spec.input_size(i / spec.D), element);
-      of[i].bias = take(cell.slots * spec.H, accumulator);
+      const int64_t I = spec.input_size(i / spec.D);
+      Panel<T> panel{};
+      if (cell.input.count > 1) panel.w_ih = reinterpret_cast<T*>(take(spec.H * cell.input.count * I, sizeof(T)));
+      panel.bias = reinterpret_cast<Accumulate<T>*>(take(cell.slots * spec.H, sizeof(Accumulate<T>)));
+      of.push_back(panel);
     }
   }
 };
-
-template <class T>
-std::vector<Panel<T>> panels_in(const Spec& spec, void* data) {
-  const PanelPlaces places(spec, sizeof(T), sizeof(Accumulate<T>));
-  unsigned char* const bytes = static_cast<unsigned char*>(data);
-  std::vector<Panel<T>> panels;
-  for (const auto& place : places.of)
-    panels.push_back({spec.info().input.count > 1 ? reinterpret_cast<T*>(bytes + place.w_ih) : nullptr,
-                      reinterpret_cast<Accumulate<T>*>(bytes + place.bias)});
-  return panels;
-}
 
 }  // namespace fusedrnn::cuda

@@ -28,8 +28,8 @@ struct Options {
   bool tf32 = false;          // products of float32 may round their factors to TF32
 };
 
-// A stack's weights once more, as forward passes read them, for one that runs often: pack() makes them, in `panels`, device
-// memory of panel_bytes() that is aligned to 256.
+// What a forward pass reads in another order than Weights have it (panels.h), for weights that many passes use: pack() makes
+// it in `panels`, device memory of panel_bytes(), aligned to 256.
 int64_t panel_bytes(const Spec& spec, DType dtype);
 void pack(const Spec& spec, DType dtype, int device, Stream stream, const std::vector<Weights>& weights, void* panels);
 

@@ -17,7 +17,7 @@ class ForwardPass {
       : call_(call), tape_(tape), own_order_(tape ? nullptr : new Order(call.T_, call.B, call.lengths)),
         w_(call.spec, call.options, call.device, call.stream, call.T_, order_, device_order_), y_(call.spec.L),
         saved_(call.spec.count()), operand_(call.spec.count()) {
-    if (call_.panels) panels_ = panels_in<T>(spec_, call_.panels);
+    if (call_.panels) panels_ = Panels<T>(spec_, call_.panels).of;
     allocate();
   }
 

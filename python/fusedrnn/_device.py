@@ -10,7 +10,7 @@ from numpy import ndarray
 
 from . import _check, _dtypes
 from ._cuda_module import module, parsed
-from ._device_array import CODES, DL_CPU, DeviceArray, Memory, current_stream, order, running
+from ._device_array import CODES, DL_CPU, DeviceArray, Memory, current_stream, running
 from ._device_interop import library, place, taken
 from ._dtypes import bfloat16
 from ._typing import Array
@@ -162,11 +162,10 @@ class Device:
         return module().Spec(cell, str(dtype), *rest)
 
     def pack(self, spec: Any, weights: tuple[DeviceArray, ...]) -> DeviceArray:
-        """Those of the weights once more that the kernels read in another order; nobody else knows which."""
-        dtype = weights[0].dtype
-        panels = self.empty((module().panel_bytes(spec) // weights[0].itemsize,), dtype)
-        order(weights, panels._memory.stream)
-        module().pack(spec, self.index, panels._memory.stream, _shadows(weights), panels._shadow)
+        """What the kernels read in another order than the weights have it; `weights` share their memory."""
+        first, stream = weights[0], weights[0]._memory.stream
+        panels = self.empty((module().panel_bytes(spec) // first.itemsize,), first.dtype, stream)
+        module().pack(spec, self.index, stream, _shadows(weights), panels._shadow)
         return panels
 
     def forward(

@@ -67,7 +67,7 @@ class Stack:
         lengths: Any,
         out: Any,
         flat: Array | None = None,
-        panels: _core.Panels | None = None,
+        panels: Any = None,
         training: bool = False,
         dropout: float = 0.0,
         seed: int = 0,
