@@ -150,6 +150,12 @@ def test_chunks_of_backward_and_the_blocks_of_its_reductions(cell, dtype):
             assert_same_bits(run(call), want)
 
 
+def traced(code):
+    """A process that runs `code` and prints its plans."""
+    env = {**os.environ, "FUSEDRNN_TRACE": "1"}
+    return subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
+
+
 def test_calls_that_try_one_thread_and_two():
     """Of a size for which the model sees little between them; with a second core 24 of 40 are a trial."""
     code = (
@@ -157,8 +163,7 @@ def test_calls_that_try_one_thread_and_two():
         "x = np.random.default_rng(0).standard_normal((100, 1, 64)).astype(np.float32); "
         "print(len({f(x)[0].tobytes() for _ in range(40)}))"
     )
-    env = {**os.environ, "FUSEDRNN_TRACE": "1"}
-    run = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
+    run = traced(code)
     assert run.stdout.strip() == "1"  # the same bits
     assert run.stderr.count("threads as measured") == 40
 
@@ -168,10 +173,7 @@ def test_trace_prints_the_plan_and_the_estimate_beside_the_time():
         "import numpy as np, fusedrnn as fr; layer = fr.GRU(5, 7, num_layers=2, seed=0); "
         "x = np.ones((3, 2, 5), np.float32); y, _, tape = layer.forward(x); layer.backward(tape, y)"
     )
-    env = {**os.environ, "FUSEDRNN_TRACE": "1"}
-    lines = subprocess.run(
-        [sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True
-    ).stderr.splitlines()
+    lines = traced(code).stderr.splitlines()
     order = (("forward", 0), ("forward", 1), ("backward", 1), ("backward", 0))
     titles = [line.split(":")[1].strip() for line in lines]
     assert titles == [f"{which} gru layer {layer}" for which, layer in order]
@@ -186,10 +188,7 @@ def test_trace_prints_a_streams_plan_where_it_changes():
         "stream = fr.LSTM(256, 256, seed=0).freeze().stream(); x = np.ones((1, 256), np.float32)\n"
         "for _ in range(4000): stream.step(x)"
     )
-    env = {**os.environ, "FUSEDRNN_TRACE": "1"}
-    lines = subprocess.run(
-        [sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True
-    ).stderr.splitlines()
+    lines = traced(code).stderr.splitlines()
     plan = (
         r"fusedrnn: stream lstm layer 0: T=1 B=1 I=256 H=256 float32, \S+: 1 row x (\d) unit threads, "
         r"1 steps or \d+ rows a chunk[^;]*; expected \d+\.\d us a step(?:, being measured)?"
@@ -206,10 +205,7 @@ def test_trace_prints_a_wavefront():
         "x = np.ones((9, 2, 5), np.float32)\n"
         "for _ in range(40): y, _, tape = layer.forward(x); layer.backward(tape, y); time.sleep(0.01)"
     )
-    env = {**os.environ, "FUSEDRNN_TRACE": "1"}
-    lines = subprocess.run(
-        [sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True
-    ).stderr.splitlines()
+    lines = traced(code).stderr.splitlines()
     for which in ("forward", "backward"):  # a call beside busy processes may run on one thread
         at = next(i for i, line in enumerate(lines) if line.startswith(f"fusedrnn: {which} rnn_tanh: "))
         assert re.fullmatch(
