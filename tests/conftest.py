@@ -1,5 +1,6 @@
 """Fixtures of the API's tests: cells and dtypes, arrays, layers and functions by the cell's name."""
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -9,6 +10,14 @@ from bound import OFFERED, as_tuple, assert_close
 from devices import exact, host, needs_gpu
 
 import fusedrnn as fr
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Why tests were skipped: each reason once, where -rs has a line for every place."""
+    skipped = terminalreporter.stats.get("skipped", ())
+    reasons = Counter(report.longrepr[2].removeprefix("Skipped: ") for report in skipped)
+    for reason, count in reasons.most_common():
+        terminalreporter.write_line(f"{count} skipped: {reason}")
 
 
 @pytest.fixture(params=OFFERED)
