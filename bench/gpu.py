@@ -61,6 +61,7 @@ GOALS = {
     "two layers": (2.0, 2.0),
     "lengths": (2.0, 2.0),
 }
+PROJECTED = ("before", "beside", "within")
 STEP_GOAL_US = 1.0  # a time step of LSTM bf16, H=512, B=16, forward
 
 
@@ -227,6 +228,8 @@ def run(args: argparse.Namespace) -> int:
     if not torch.cuda.is_available() or _cuda_module.module().EMULATED:
         print("bench.gpu: needs a GPU, and a PyTorch that can use it", file=sys.stderr)
         return 2
+    if args.projected:
+        _cuda_module.module().override_projected(PROJECTED.index(args.projected))
     about = machine(torch)
     for name, text in about.items():
         print(f"{name:<9} {text}")
@@ -279,6 +282,7 @@ def main() -> int:
     parser.add_argument("--only", help="cases of this group, or whose name has this in it")
     parser.add_argument("--rounds", type=int, default=7, help="turns that each candidate has (default: 7)")
     parser.add_argument("--slot-ms", type=float, default=20, help="milliseconds of a turn (default: 20)")
+    parser.add_argument("--projected", choices=PROJECTED, help="when inputs are, where they can be so")
     parser.add_argument("--json", type=Path, help="where to write all of it")
     return run(parser.parse_args())
 

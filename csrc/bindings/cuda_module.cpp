@@ -411,6 +411,9 @@ PYBIND11_MODULE(_cuda, m, pybind11::mod_gil_not_used()) {
   m.def("synchronize", &synchronize, py::arg("device"), py::arg("stream"));
   m.def("override_path", &cuda::set_path_override, py::arg("path"),
         "For tests: 0 makes layers run step by step, 1 persistently where they can, -1 as planned.");
+  m.def("override_projected", &cuda::set_projected_override, py::arg("when"),
+        "For tests and measurements: where it can be, the input is projected 0 before the recurrence, 1 that of later steps "
+        "beside the first ones, 2 within its launch, -1 as planned.");
   m.def(
       "plan",
       [](const fusedrnn::bindings::PySpec& s, int device, bool tf32, bool backward, int64_t T, int64_t B) {

@@ -43,12 +43,21 @@ struct Schedule {
   }
 };
 
+// The input's projection as a part of a layer's launch: its first blocks do it, for the others, a tile of 64 rows after the
+// other in the order of steps.
+template <class T>
+struct Projection {
+  int blocks, I;      // blocks: 0 where the input is there before the launch
+  const T *x, *w_ih;  // (N, I); (gates*H, I), as the caller's: all rows aligned to 16 bytes
+  unsigned* done;     // (tiles): how many parts of a tile are there; 0 before the launch
+};
+
 template <class T>
 struct ForwardArgs {
   Schedule schedule;
   int begin, end;  // the steps to run; where they do not start at 0, `carry` and y hold what was left by the last call
   int H;
-  const Accumulate<T>* input;  // (N, H, input.count): W_ih x, without bias; only the rows of the steps to run are there
+  Accumulate<T>* input;  // (N, H, input.count): W_ih x, without bias; only the rows of the steps to run are there
   const T* w_hh;               // (gates*H, H), as the caller's
   const Accumulate<T>* bias;   // (slots, H): b_ih and b_hh as the slots take them
   const T* state[max_states];  // (B, H) in the caller's order, or null for zeros
@@ -59,6 +68,7 @@ struct ForwardArgs {
   T* operand;            // (N, H) operands of the second phase, or (B, H) for inference; null with one phase
   Accumulate<T>* carry;  // (B, H) by sorted sequence: c between steps, where it is in no register
   Accumulate<T>* slots;  // (B, slots, H) likewise: pre-activations from phase to phase
+  Projection<T> projection;
   int64_t steps() const { return end - begin; }
 };
 

@@ -49,6 +49,17 @@ __device__ __forceinline__ T* shared_memory() {
 #endif
 }
 
+// Of a cell's slot, since device code cannot index Cell::slot_gate.
+template <class Cell>
+__device__ __forceinline__ int gate_of_slot(int slot) {
+  constexpr int gates = [] {
+    int all = 0;  // four bits each
+    for (int s = 0; s < Cell::slots; ++s) all |= Cell::slot_gate[s] << 4 * s;
+    return all;
+  }();
+  return gates >> 4 * slot & 15;
+}
+
 __device__ __forceinline__ void sync_block() { __syncthreads(); }
 __device__ __forceinline__ void sync_warp() { __syncwarp(); }
 __device__ __forceinline__ int lane_of_thread() { return int(threadIdx.x % 32); }

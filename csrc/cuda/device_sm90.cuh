@@ -168,6 +168,22 @@ __device__ __forceinline__ void store_given(void* p, Words v) {
 }
 __device__ __forceinline__ void poll_pause() {}  // for the emulator, whose threads take turns
 
+// Counts of what other blocks of a running kernel have done: who sees a count sees what was written before it was raised.
+__device__ __forceinline__ unsigned load_count(const unsigned* p) {
+  unsigned n;
+  asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(n) : "l"(p) : "memory");
+  return n;
+}
+__device__ __forceinline__ void raise_count(unsigned* p) {
+  asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(p) : "memory");
+}
+// Of the warp's lanes 0, 1, .., how many have it before the first that has not.
+__device__ __forceinline__ int leading_lanes(bool has) {
+  const unsigned lacks = ~__ballot_sync(0xffffffffu, has);
+  __syncwarp();  // what one lane has seen, all may read
+  return lacks == 0 ? 32 : __ffs(int(lacks)) - 1;
+}
+
 #if FUSEDRNN_CLUSTERS
 
 __device__ __forceinline__ void sync_cluster() {

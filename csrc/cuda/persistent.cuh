@@ -9,17 +9,10 @@
 
 #include "cuda/persistent_exchange.cuh"
 #include "cuda/persistent_product.cuh"
+#include "cuda/projection.cuh"
 #include "cuda/quick_activations.cuh"
 
 namespace fusedrnn::cuda {
-
-// The slots' gates, four bits each, since device code cannot index Cell::slot_gate.
-template <class Cell>
-constexpr int pack_slot_gates() {
-  int gates = 0;
-  for (int s = 0; s < Cell::slots; ++s) gates |= Cell::slot_gate[s] << 4 * s;
-  return gates;
-}
 
 // Calls call(std::integral_constant<int, n>), of low <= n <= high; soonest where n is `high`.
 template <int low, int high, class Call>
@@ -44,7 +37,8 @@ struct Persistent {
   using Hands = Hand<simple>;
   static constexpr int phases = Cell::phases, pairs = simple ? 1 : persistent_pairs;
   static constexpr int vector = 16 / int(sizeof(T)), chunk = chunk_bytes / int(sizeof(T));
-  static constexpr int gates_of_slots = pack_slot_gates<Cell>();
+  // Where some blocks may project the input for the others.
+  static constexpr bool projects = !backward && simple && sizeof(T) == 2;
 
   template <int q>
   static constexpr int results = backward ? 1 : Cell::recurrent[q].count;
@@ -88,8 +82,9 @@ struct Persistent {
   const int tile_lanes = constant<simple>(plan.tile_cells * 32);  // from what one warp summed to what the next did
   Words held0[held_words<0>], held1[held_words<phases - 1>];  // weights
 
-  __device__ __forceinline__ Persistent(const PersistentPlan& plan, const Args& a, const ForwardArgs<T>& f, Hands exchange)
-      : plan(plan), a(a), f(f), exchange(exchange), first_row(int(blockIdx.x) / plan.blocks * plan.columns) {
+  __device__ __forceinline__ Persistent(const PersistentPlan& plan, const Args& a, const ForwardArgs<T>& f, Hands exchange,
+                                        int slice)
+      : plan(plan), a(a), f(f), exchange(exchange), first_row(slice * plan.columns) {
     const int width = f.schedule.batch - first_row < plan.columns ? f.schedule.batch - first_row : plan.columns;
     const int columns = few ? 1 : places / 4;  // cells of 8 units: every other one of 8 sequences each, or all of up to 4
 #pragma unroll
@@ -148,7 +143,7 @@ struct Persistent {
     if constexpr (backward)
       w = a.w_hh_t[q] + (int64_t(first_unit + unit) * slots + part) * H + from;
     else
-      w = f.w_hh + (int64_t(gates_of_slots >> 4 * (Cell::recurrent[q].first + slot) & 15) * H + first_unit + unit) * H + from;
+      w = f.w_hh + (int64_t(gate_of_slot<Cell>(Cell::recurrent[q].first + slot)) * H + first_unit + unit) * H + from;
     if constexpr (direct) {
       words = *reinterpret_cast<const Words*>(w);
     } else {
@@ -422,14 +417,27 @@ struct Persistent {
       stage_value<0>(p, 0, 0, narrow<T>(state[p][0].r));
     }
     exchange.give(0, 0);
+    int until = runs_until(begin);
 #pragma unroll
     for (int i = 0; i < steps_ahead; ++i) ask_forward(begin + i, i);
-    for (int s = begin, k = 0; s < end; ++s, ++k) forward_phase<0>(s, k);
+    for (int s = begin, k = 0;; until = runs_until(s)) {
+      for (; s < until; ++s, ++k) forward_phase<0>(s, k);
+      if (s >= end) break;
+    }
     if constexpr (Cell::states > 1)
 #pragma unroll
       for (int p = 0; p < pairs; ++p)
         if (runs(p, end)) f.carry[carry_at(p)] = state[p][1].r;
     exchange.sync_group();  // no block leaves while another may write to it
+  }
+
+  // Steps s and later may run until there, since the input that they ask for is there. Waits for that of step s.
+  __device__ __forceinline__ int runs_until(int s) const {
+    if (projects && f.projection.blocks > 0) {
+      const int wanted = s + steps_ahead + 1, steps = projected_steps(f, s, wanted < end ? wanted : end);
+      if (steps < end) return steps - steps_ahead;
+    }
+    return end;
   }
 
   template <int q>
@@ -592,16 +600,22 @@ __global__ void __launch_bounds__(persistent_threads, 1)
   // A build for a GPU without clusters has these kernels too, empty: no plan launches them.
   constexpr bool grid = Hands<simple>::kind == Exchange::grid;
   if constexpr (FUSEDRNN_CLUSTERS || grid) {
-    const int rank = constant<simple>(int(blockIdx.x) % plan.blocks);
+    int block = int(blockIdx.x);
+    if constexpr (!backward)
+      if constexpr (Persistent<T, Cell, false, Hands, simple>::projects) {
+        block -= args.projection.blocks;
+        if (block < 0) return project_input<T, Cell>(args);
+      }
+    const int slice = block / plan.blocks, rank = constant<simple>(block % plan.blocks);
     const SharedAddress shared = SharedAddress(constant<simple>(kept(int(shared_address(shared_memory<unsigned char>())))));
     const auto run = [&](const Hands<simple>& exchange) {
       if constexpr (backward)
-        Persistent<T, Cell, true, Hands, simple>(plan, args, args.forward, exchange).run_backward();
+        Persistent<T, Cell, true, Hands, simple>(plan, args, args.forward, exchange, slice).run_backward();
       else
-        Persistent<T, Cell, false, Hands, simple>(plan, args, args, exchange).run_forward();
+        Persistent<T, Cell, false, Hands, simple>(plan, args, args, exchange, slice).run_forward();
     };
     if constexpr (grid)
-      run({plan, rank, shared, Cell::phases, int(blockIdx.x) / plan.blocks, workspace});
+      run({plan, rank, shared, Cell::phases, slice, workspace});
     else
       run({plan, rank, shared, Cell::phases});
   }

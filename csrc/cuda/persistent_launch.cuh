@@ -1,6 +1,8 @@
 // Launches of the persistent kernels: which form of which kernel, and how. A file of a few lines instantiates these for one T.
 #pragma once
 
+#include <algorithm>
+
 #include "cuda/check.h"
 #include "cuda/persistent.cuh"
 
@@ -11,8 +13,12 @@ bool launch_persistent(const PersistentPlan& plan, const Args& args, void* works
   const bool grid = plan.exchange == Exchange::grid;
   const char* const name = backward ? "persistent backward" : "persistent forward";
   Launch how;
-  how.grid = dim3(unsigned(plan.blocks * plan.slices)), how.block = dim3(persistent_threads);
-  how.shared = size_t(plan.shared_bytes), how.stream = stream;
+  int blocks = plan.blocks * plan.slices, shared = plan.shared_bytes;
+  if constexpr (!backward)
+    if (args.projection.blocks > 0)
+      blocks += args.projection.blocks, shared = std::max(shared, projection_shared_bytes(Cell::input.count));
+  how.grid = dim3(unsigned(blocks)), how.block = dim3(persistent_threads);
+  how.shared = size_t(shared), how.stream = stream;
   how.cluster = grid ? 0 : plan.blocks, how.cooperative = grid;
   const Schedule* schedule;
   if constexpr (backward)

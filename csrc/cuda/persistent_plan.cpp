@@ -2,6 +2,7 @@
 #include <algorithm>
 
 #include "cuda/persistent.h"
+#include "cuda/projection.h"
 
 namespace fusedrnn::cuda {
 
@@ -15,6 +16,9 @@ constexpr double products_per_clock = 1160, tf32_products_per_clock = 350, fma_p
 constexpr double weights_per_clock = 188, operand_per_clock = 48;  // bytes of shared memory, beside the products
 constexpr double cluster_bytes_per_clock = 26;                     // that come into a block
 constexpr double grid_clocks = 905, grid_bytes_per_clock = 30, grid_all_bytes_per_clock = 13200;  // the last: into all blocks
+
+// Believed, not yet measured: what a block takes for a tile's part, and for each value of k of it and of each 8 rows or units.
+constexpr double projected_part_clocks = 1100, projected_k_clocks = 1.1;
 
 int round_up(int64_t n, int to) { return int(ceil_div(n, to) * to); }
 
@@ -142,6 +146,23 @@ PersistentPlan persistent_plan(const CellInfo& cell, int size, bool backward, in
       consider(Exchange::grid, int(ceil_div(H, units)), columns);
   }
   return best;
+}
+
+int projecting_blocks(const PersistentPlan& plan, const CellInfo& cell, int size, int64_t steps, int64_t batch, int64_t H,
+                      int64_t I, const Machine& machine, int at_once) {
+  const int count = cell.input.count;
+  if (plan.reason || size != 2 || plan.cells > persistent_warps || projection_shared_bytes(count) > machine.shared_per_block)
+    return 0;
+  if (I * size % 16 != 0 || batch > projection_sight * projected_rows / 8) return 0;  // a look ahead then shows 8 steps or more
+  const bool grid = plan.exchange == Exchange::grid;
+  const int64_t all = grid ? machine.cooperative : int64_t(clusters_of(machine, plan.blocks)) * plan.blocks;
+  const int64_t group = grid ? 1 : plan.blocks, idle = all / group / at_once * group - int64_t(plan.slices) * plan.blocks;
+  const int64_t parts = projection_tiles(steps * batch) * projection_parts(H);
+  const int64_t blocks = std::min(idle, ceil_div(parts, group) * group);
+  if (blocks <= 0 || projection_parts(H) > 2 * blocks) return 0;  // or else the first step waits for long
+  const double clocks = double(ceil_div(parts, blocks)) *
+                        (projected_part_clocks + projected_k_clocks * double(projected_rows / 16 + count) * double(I));
+  return 2 * clocks <= double(steps) * plan.estimated_us * clock_per_us ? int(blocks) : 0;
 }
 
 }  // namespace fusedrnn::cuda

@@ -4,11 +4,13 @@
 #include <atomic>
 #include <limits>
 
+#include "cuda/projection.h"
+
 namespace fusedrnn::cuda {
 namespace {
 std::atomic<int> forced{-1};
 std::atomic<int64_t> forced_chunk{0};
-std::atomic<bool> forced_beside{false};
+std::atomic<int> forced_projected{-1};
 constexpr int64_t most_input_bytes = int64_t(512) << 20;  // more would gain nothing: a launch per chunk is little then
 }  // namespace
 
@@ -21,16 +23,29 @@ int64_t chunk_steps(int64_t steps, int64_t bytes_per_step) {
   return (steps + chunks - 1) / chunks;
 }
 
-void set_beside_override(bool on) { forced_beside = on; }
+void set_projected_override(int when) { forced_projected = when; }
 
-bool worth_a_launch(DType dtype, bool tf32, int64_t steps, double operations) {
+InputPlan input_plan(const LayerPlan& layer, const CellInfo& cell, DType dtype, bool tf32, int64_t steps, int64_t batch,
+                     int64_t H, int64_t I, bool uniform, bool aligned, int at_once, const Machine& machine) {
+  const int forced = forced_projected;
+  const auto may = [&](Projected when) { return forced < 0 || forced == int(when); };
+  const PersistentPlan& p = layer.persistent;
+  const bool persistent = layer.path == Path::persistent;
+  if (uniform && aligned && persistent && may(Projected::within)) {
+    const int blocks = projecting_blocks(p, cell, int(size_of(dtype)), steps, batch, H, I, machine, at_once);
+    if (blocks > 0) return {Projected::within, blocks};
+  }
+  const double operations = 2.0 * double(steps * batch) * double(cell.input.count * H) * double(I);
   const double rate = size_of(dtype) == 2 ? 5e14 : tf32 ? 2e14 : 4e13;  // of a whole card, a second
-  return steps >= 4 && (forced_beside || operations / rate > 20e-6);
+  const bool pays = operations / rate > 20e-6 && persistent && 4 * p.blocks * p.slices <= 3 * machine.processors;
+  if (uniform && at_once == 1 && steps >= 4 && may(Projected::beside) && (pays || forced == int(Projected::beside)))
+    return {Projected::beside, 0};
+  return {Projected::before, 0};
 }
 
-bool leaves_room(const LayerPlan& plan, const Machine& machine) {
-  const PersistentPlan& p = plan.persistent;
-  return forced_beside || (plan.path == Path::persistent && 4 * p.blocks * p.slices <= 3 * machine.processors);
+std::string describe(const InputPlan& plan) {
+  if (plan.when == Projected::within) return "by " + std::to_string(plan.blocks) + " blocks of its launch";
+  return plan.when == Projected::beside ? "that of later steps beside the first" : "before";
 }
 
 void set_path_override(int path) { forced = path; }

@@ -26,15 +26,24 @@ std::string describe(const LayerPlan& plan);
 // Steps whose input projection, of `bytes_per_step` each, is there at once.
 int64_t chunk_steps(int64_t steps, int64_t bytes_per_step);
 
-// The input of a layer's later steps is projected beside its first ones where that product, of `operations`, takes long enough
-// to be worth a second launch, and the recurrence leaves multiprocessors idle.
-bool worth_a_launch(DType dtype, bool tf32, int64_t steps, double operations);
-bool leaves_room(const LayerPlan& plan, const Machine& machine);
+// When a layer's input is projected: before its recurrence; that of the later steps beside the first ones, where the product
+// takes long enough to be worth a second launch and leaves multiprocessors idle; or within the recurrence's launch.
+enum class Projected { before, beside, within };
 
-// For tests: the path that layers take where they can, or -1 for the plan's own choice. Process-wide.
+struct InputPlan {
+  Projected when;
+  int blocks;  // of the launch, that project
+};
+// Of a forward pass of `steps` steps at once. uniform: all sequences are as long; aligned: rows of x and of W_ih are, to 16 bytes.
+InputPlan input_plan(const LayerPlan& layer, const CellInfo& cell, DType dtype, bool tf32, int64_t steps, int64_t batch,
+                     int64_t H, int64_t I, bool uniform, bool aligned, int at_once, const Machine& machine);
+std::string describe(const InputPlan& plan);
+
+// For tests: the path that layers take where they can, or -1 for the plan's own choice; likewise when their inputs are projected,
+// however small they are. Process-wide.
 void set_path_override(int path);
 int path_override();
+void set_projected_override(int when);
 void set_chunk_override(int64_t steps);  // 0: as chunk_steps finds
-void set_beside_override(bool on);       // inputs are projected beside the recurrence however small
 
 }  // namespace fusedrnn::cuda

@@ -1,6 +1,7 @@
 #include <algorithm>
 
 #include "cuda/panels.h"
+#include "cuda/projection.h"
 #include "cuda/stack_work.h"
 #include "cuda/tape.h"
 
@@ -58,6 +59,7 @@ class ForwardPass {
       own.chunk =
           spec_.backward_in_time(d) && !w_.packed ? w_.steps : chunk_steps(w_.steps, B * cell_.input.count * H * sizeof(S));
       arena_.want(&own.input, {std::min(N, own.chunk * B), H, cell_.input.count});
+      arena_.want(&own.done, {projection_tiles(N)});
       if (panels_.empty()) {
         if (cell_.input.count > 1)
           arena_.want(&own.panel.w_ih, {H, cell_.input.count, std::max(spec_.I, spec_.input_size(L - 1))});
@@ -103,12 +105,16 @@ class ForwardPass {
   }
 
   // One layer in one direction, from packed rows x (N, I).
-  void direction(int64_t l, int d, const T* x, cudaStream_t on) {
+  void direction(int64_t l, int d, const T* x, cudaStream_t on, bool may_project_within = true) {
     const int64_t i = l * spec_.D + d, I = spec_.input_size(l), H = w_.H, steps = w_.steps;
     const Weights& weights = call_.weights[i];
     const PerDirection& own = own_[d];
-    if (panels_.empty()) pack(own.panel, cell_, weights, H, I, on);
-    const Panel<T>& panel = panels_.empty() ? own.panel : panels_[i];
+    const bool aligned = (uintptr_t(x) | uintptr_t(weights.w_ih)) % 16 == 0;
+    const InputPlan input = own.chunk == steps ? w_.plan_input(I, may_project_within && aligned) : InputPlan{};
+    w_.trace(input, I);
+    Panel<T> panel = panels_.empty() ? own.panel : panels_[i];
+    if (input.when == Projected::within) panel.w_ih = nullptr;  // of no use there
+    if (panels_.empty()) pack(panel, cell_, weights, H, I, on);
     ForwardArgs<T> a{};
     a.schedule = w_.schedule(spec_.backward_in_time(d));
     a.H = int(H);
@@ -122,6 +128,13 @@ class ForwardPass {
     a.saved = tape_ ? saved_[i] : nullptr;
     a.operand = tape_ ? operand_[i] : own.operand;
     const T* const w_ih = panel.w_ih ? panel.w_ih : static_cast<const T*>(weights.w_ih);
+    if (input.when == Projected::within) {
+      a.begin = 0, a.end = int(steps), a.input = own.input;
+      a.projection = {input.blocks, int(I), x, w_ih, own.done};
+      FUSEDRNN_CUDA(cudaMemsetAsync(own.done, 0, size_t(projection_tiles(w_.N)) * sizeof *own.done, on));
+      if (!w_.run_projecting(a, on)) direction(l, d, x, on, false);
+      return;
+    }
     const int64_t width = cell_.input.count * H;
     // Projects the input of steps [begin, end) to where it belongs when own.input has row `base` first.
     const auto project = [&](int64_t begin, int64_t end, int64_t base, cudaStream_t stream) {
@@ -133,7 +146,7 @@ class ForwardPass {
       a.begin = int(begin), a.end = int(end);
       w_.run_layer(a, false, on, room);
     };
-    if (own.chunk == steps && w_.projects_beside(I)) {
+    if (input.when == Projected::beside) {
       const int64_t head = steps / 4;
       project(0, head, 0, on);
       typename Work<T>::Workspace room;
@@ -179,6 +192,7 @@ class ForwardPass {
   T *between_[2] = {}, *masked_ = nullptr, *x_room_ = nullptr, *h0_ = nullptr;
   struct PerDirection {
     S *input, *carry, *slots;
+    unsigned* done;  // see Projection
     T* operand;
     Panel<T> panel;  // where the call brings none
     int64_t chunk;  // steps

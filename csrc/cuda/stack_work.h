@@ -181,10 +181,10 @@ struct Work {
   LayerPlan plan_layer(bool backward) const {
     return layer_plan(cell, dtype_of<T>, backward, H, B, N, options.tf32, spec.D, machine_of(device));
   }
-  bool projects_beside(int64_t I) const {
-    const double operations = 2.0 * double(N) * double(cell.input.count * H) * double(I);
-    return spec.D == 1 && packed && worth_a_launch(dtype_of<T>, options.tf32, steps, operations) &&
-           leaves_room(plan_layer(false), machine_of(device));
+  // aligned: see input_plan.
+  InputPlan plan_input(int64_t I, bool aligned) const {
+    return input_plan(plan_layer(false), cell, dtype_of<T>, options.tf32, steps, B, H, I, packed, aligned, spec.D,
+                      machine_of(device));
   }
   // What a grid's blocks hand one another in, if there is memory for it.
   struct Workspace {
@@ -211,6 +211,19 @@ struct Work {
     const LayerPlan plan = plan_layer(false);
     if (plan.path == Path::persistent) prepare(room, plan.persistent, steps, on);
   }
+  // A forward pass whose launch projects its input. False where there is no memory for it, or the driver refuses it: nothing was
+  // done then.
+  bool run_projecting(const ForwardArgs<T>& args, cudaStream_t on) const {
+    if constexpr (sizeof(T) == 2) {
+      const LayerPlan plan = plan_layer(false);
+      Workspace room;
+      if (!prepare(room, plan.persistent, steps, on)) return false;
+      trace(plan, false);
+      return persistent_forward<T>(spec.cell, plan.persistent, args, room.data, on);
+    } else {
+      return false;
+    }
+  }
   template <class Args>
   void run_layer(const Args& args, bool backward, cudaStream_t on) const {
     Workspace room;
@@ -220,9 +233,7 @@ struct Work {
   void run_layer(const Args& args, bool backward, cudaStream_t on, Workspace& room) const {
     for (;;) {
       const LayerPlan plan = plan_layer(backward);
-      if (traces())
-        fprintf(stderr, "fusedrnn: %s %s on cuda:%d: T=%lld B=%lld H=%lld %s: %s\n", backward ? "backward" : "forward",
-                cell.name, device, (long long)T_, (long long)B, (long long)H, name_of(dtype_of<T>), describe(plan).c_str());
+      trace(plan, backward);
       if (plan.path == Path::per_step) return run_steps<T>(spec.cell, args, options.tf32, device, on);
       if (run_persistent(plan.persistent, args, on, room)) {
         room.bytes = 0;  // what was filled is used
@@ -230,6 +241,16 @@ struct Work {
       }
       set_refused(device, plan.persistent.exchange == Exchange::grid ? 0 : plan.persistent.blocks);
     }
+  }
+  void trace(const LayerPlan& plan, bool backward) const {
+    if (traces())
+      fprintf(stderr, "fusedrnn: %s %s on cuda:%d: T=%lld B=%lld H=%lld %s: %s\n", backward ? "backward" : "forward", cell.name,
+              device, (long long)T_, (long long)B, (long long)H, name_of(dtype_of<T>), describe(plan).c_str());
+  }
+  void trace(const InputPlan& plan, int64_t I) const {
+    if (traces())
+      fprintf(stderr, "fusedrnn: forward %s on cuda:%d: the input, I=%lld, is projected %s\n", cell.name, device, (long long)I,
+              describe(plan).c_str());
   }
   template <class Args>
   bool run_persistent(const PersistentPlan& plan, const Args& args, cudaStream_t on, Workspace& room) const {

@@ -327,13 +327,33 @@ void check_chunks() {
     }
   }
   cuda::set_chunk_override(0);
-  cuda::set_beside_override(true);
+  cuda::set_projected_override(int(cuda::Projected::beside));
   for (int cell = 0; cell < cell_count; ++cell)
     for (bool reverse : {false, true}) {
       check_type(cuda::DType::float32, {cell, 9, 3, 4, 5, 2, 1, true, reverse});
       check_type(cuda::DType::bfloat16, {cell, 7, 3, 4, 9, 1, 1, true, reverse});
     }
-  cuda::set_beside_override(false);
+  cuda::set_projected_override(-1);
+}
+
+// The input projected within the recurrence's launch: I in a chunk of k and more, with tails; units in one part and two; rows in
+// several tiles, of which a step spans two, and in more than a block looks ahead for.
+void check_projected_within() {
+  for (int cell = 0; cell < cell_count; ++cell)
+    for (cuda::DType t : {cuda::DType::bfloat16, cuda::DType::float16})
+      for (const Shape& s :
+           {Shape{cell, 16, 5, 40, 24, 1, 2}, Shape{cell, 24, 3, 8, 40, 1, 1, true, true}, Shape{cell, 33, 67, 72, 8}}) {
+        if ((cell != 0) + (s.B > 60) + (t == cuda::DType::float16) > 1) continue;  // for the sake of time
+        const auto plan = [&](bool uniform, bool aligned) {
+          const cuda::Machine machine = cuda::machine_of(0);
+          const cuda::LayerPlan layer = cuda::layer_plan(cells[cell], t, false, s.H, s.B, s.T * s.B, false, int(s.D), machine);
+          return cuda::input_plan(layer, cells[cell], t, false, s.T, s.B, s.H, s.I, uniform, aligned, int(s.D), machine);
+        };
+        check(plan(true, true).when == cuda::Projected::within && plan(true, true).blocks > 0, s.name() + ": projected within");
+        check(plan(false, true).when != cuda::Projected::within && plan(true, false).when != cuda::Projected::within,
+              s.name() + ": projected elsewhere where lengths differ, or rows are not aligned");
+        check_type(t, s);
+      }
 }
 
 void check_tape() {
@@ -420,11 +440,14 @@ void check_refusals() {
   cuda::set_path_override(-1);
   check(runs(cuda::Exchange::cluster), "refusals: in clusters first");
   emulated::refuse(true, false);
+  const Shape within{0, 20, 3, 24, 40};  // whose input is projected within the launch: refused, then in a grid's
+  for (int i = 0; i < 2; ++i) check_type(cuda::DType::bfloat16, within);
   check_type(cuda::DType::float32, shape);
   check(runs(cuda::Exchange::grid), "refusals: as a grid where clusters are refused");
-  cuda::set_beside_override(true);  // a grid's memory is then filled before something starts beside it
+  cuda::set_projected_override(
+      int(cuda::Projected::beside));  // a grid's memory is then filled before something starts beside it
   check_type(cuda::DType::float32, {0, 9, 1, 3, 200});
-  cuda::set_beside_override(false);
+  cuda::set_projected_override(-1);
   emulated::refuse(true, true);
   check_type(cuda::DType::float32, shape);
   for (bool backward : {false, true})
@@ -449,6 +472,7 @@ int run() {
   }
   check_huge_batch();
   cuda::set_path_override(-1);
+  check_projected_within();
   check_tape();
   check_capture();
   check_memory();

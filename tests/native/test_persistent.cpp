@@ -8,6 +8,7 @@
 
 #include "cuda/device.cuh"
 #include "cuda/persistent.h"
+#include "cuda/projection.h"
 #include "order.h"
 #include "reference.h"
 
@@ -49,9 +50,11 @@ struct Case {
   Exchange exchange;
   int blocks, columns;
   bool tf32 = false;
+  int projecting = 0;  // blocks of the launch that project its input
   std::string name() const {
     return shape.name() + (exchange == Exchange::cluster ? " cluster of " : " grid of ") + std::to_string(blocks) + " x " +
-           std::to_string(columns) + (tf32 ? " tf32" : "");
+           std::to_string(columns) + (tf32 ? " tf32" : "") +
+           (projecting > 0 ? " projecting by " + std::to_string(projecting) : "");
   }
 };
 
@@ -123,11 +126,14 @@ class Layer {
     for (int t = 0; t < steps_; ++t)
       for (int j = 0; j < active_[t]; ++j) {
         const double* x = &p.x[(int64_t(t) * s.B + from_[j]) * s.I];
+        x_.insert(x_.end(), x, x + s.I);
         for (int i = 0; i < info_.input.count; ++i) {
           const std::vector<double> rows = affine(part(p.weights[0], gate(info_.input.first + i), s.I), nullptr, x, H_, s.I);
           for (int64_t u = 0; u < H_; ++u) input_[((offset_[t] + j) * H_ + u) * info_.input.count + i] = float(rows[u]);
         }
       }
+    if (c.projecting > 0) std::fill(input_.begin(), input_.end(), NAN);
+    packed_x_ = narrow<T>(x_), w_ih_ = narrow<T>(p.weights[0]);
     bias_.resize(info_.slots * H_);
     for (int i = 0; i < info_.slots && s.bias; ++i)
       for (int64_t u = 0; u < H_; ++u) {
@@ -154,6 +160,8 @@ class Layer {
     a.begin = 0, a.end = steps_, a.carry = carry_.data();
     a.saved = training ? saved_.data() : nullptr;
     a.operand = info_.phases > 1 ? operand_.data() : nullptr;
+    done_.assign(cuda::projection_tiles(rows_), 0);
+    a.projection = {c_.projecting, int(p_.shape.I), packed_x_.data(), w_ih_.data(), done_.data()};
     return a;
   }
   PersistentPlan plan(bool backward) const {
@@ -290,7 +298,9 @@ class Layer {
   cuda::Schedule schedule_;
   int64_t rows_, y_row_;
   std::vector<float> input_, bias_, carry_;
-  std::vector<T> w_hh_, state_[max_states], final_[max_states], y_, operand_, saved_, gates_;
+  std::vector<double> x_;  // packed
+  std::vector<unsigned> done_;
+  std::vector<T> packed_x_, w_ih_, w_hh_, state_[max_states], final_[max_states], y_, operand_, saved_, gates_;
 };
 
 template <class T>
@@ -300,6 +310,7 @@ void check_case(const Case& c) {
   for (auto& w : p.weights) round<T>(w);
   for (int i = 0; i < max_states; ++i) round<T>(p.state[i]), round<T>(p.dstate[i]);
   round<T>(p.dy);
+  if (c.projecting > 0) round<T>(p.x);
   emulated::set_seed(0);
   Layer<T> layer(c, p);
   const PersistentPlan plan = layer.plan(false);
@@ -309,7 +320,7 @@ void check_case(const Case& c) {
   for (size_t i = 0; i < want.size(); ++i)
     close(got[i], want[i], 4 * terms, epsilon, name + ": forward output " + std::to_string(i));
   check(same_bits(got, Layer<T>(c, p).forward(false)), name + ": training changes no bit");
-  check(same_bits(got, Layer<T>(c, p).forward(true, 2)), name + ": pieces of time change no bit");
+  if (c.projecting == 0) check(same_bits(got, Layer<T>(c, p).forward(true, 2)), name + ": pieces of time change no bit");
   const auto tape = make_tape(p);
   tests::forward(p, tape.get());
   const Arrays<double> exact = tests::backward(p, *tape), grads = layer.backward();
@@ -370,6 +381,17 @@ void check_groups() {
   }
 }
 
+// A few blocks project the input while the others run: these wait for each tile of rows, units in two parts, k in several chunks;
+// where it is wide, for each step.
+void check_projecting() {
+  for (const Exchange exchange : {Exchange::cluster, Exchange::grid}) {
+    for (int cell = 0; cell < cell_count; ++cell)
+      check_case<__nv_bfloat16>({{cell, 11, 16, 136, 40, 1, 1, true, cell % 2 == 1}, exchange, 2, 4, false, 2});
+    check_case<__half>({{0, 3, 5, 40, 16}, exchange, 2, 4, false, 2});
+  }
+  check_case<__nv_bfloat16>({{3, 9, 64, 512, 16}, Exchange::grid, 2, 16, false, 2});
+}
+
 // What is not a number stays with its sequence, whatever a block's padding held before: forward from x, backward from dy.
 template <class T>
 void check_foreign_values(const Case& c) {
@@ -404,7 +426,7 @@ void check_foreign_values() {
 
 // Every plan that the model may choose is one that a device has room for, and two at once leave room for each other.
 void check_plans() {
-  int found = 0;
+  int found = 0, projected = 0;
   for (int cell = 0; cell < cell_count; ++cell)
     for (const int size : {2, 4})
       for (const bool backward : {false, true})
@@ -421,6 +443,14 @@ void check_plans() {
               check(p.blocks * p.units >= H && p.units % 8 == 0 && p.slices * p.columns >= batch, what + ": covers all");
               check(p.blocks <= (grid ? hopper.processors / at_once / p.slices : 16), what + ": blocks");
               check(p.units * p.columns <= cuda::persistent_pairs * cuda::persistent_threads, what + ": pairs of a thread");
+              const int projecting = projecting_blocks(p, cells[cell], size, 512, batch, H, H, hopper, at_once);
+              const int most = grid ? hopper.cooperative : hopper.clusters[int(log2(p.blocks))] * p.blocks;
+              projected += projecting > 0;
+              check(at_once * (projecting + p.slices * p.blocks) <= most || projecting == 0,
+                    what + ": projecting blocks have room");
+              check(projecting % (grid ? 1 : p.blocks) == 0, what + ": projecting blocks are whole clusters");
+              check(projecting == 0 || (size == 2 && p.cells <= cuda::persistent_warps && H % 8 == 0),
+                    what + ": only what the kernel can project");
               for (int q = 0; q < cells[cell].phases; ++q)
                 check(p.stage[q].row_warps * p.stage[q].depth_warps <= cuda::persistent_warps &&
                           p.stage[q].row_warps * cuda::groups_of(p.stage[q].results, p.stage[q].wide) * cuda::lane_units >=
@@ -428,7 +458,18 @@ void check_plans() {
                           p.stage[q].depth_warps * p.stage[q].warp_chunks >= p.stage[q].chunks,
                       what + ": warps");
             }
-  check(found > 500, "plans are found");
+  check(found > 500 && projected > 100, "plans are found, and some project");
+  const PersistentPlan usual = persistent_plan(cells[0], 2, false, 512, 16, false, hopper);
+  const auto projects = [&](int64_t steps, int64_t batch, int64_t I) {
+    return projecting_blocks(usual, cells[0], 2, steps, batch, 512, I, hopper, 1);
+  };
+  check(projects(512, 16, 512) > 0, "the input is projected within the launch");
+  check(projects(512, 16, 513) == 0, "not where its rows are not aligned");
+  check(projects(1, 16, 512) == 0 && projects(512, 16, 8192) == 0, "not where the recurrence would wait for it");
+  check(projects(512, 257, 512) == 0, "not where too few steps are seen at a time");
+  const PersistentPlan full = persistent_plan(cells[0], 2, false, 1024, 1, false, hopper);
+  check(full.blocks == 128 && projecting_blocks(full, cells[0], 2, 512, 1, 1024, 64, hopper, 1) == 0,
+        "not where the first step would wait for long");
   check(persistent_plan(cells[0], 8, false, 64, 1, false, hopper).reason != nullptr, "float64 has no plan");
   cuda::Machine lacks = hopper;
   lacks.cooperative = 0;
@@ -450,6 +491,7 @@ int main(int, char**) {
   using namespace fusedrnn::tests;
   check_kernels();
   check_groups();
+  check_projecting();
   check_foreign_values();
   check_plans();
   printf("%d passed, %d failed\n", passed.load(), failed.load());

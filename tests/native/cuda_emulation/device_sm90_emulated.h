@@ -74,7 +74,10 @@ inline void store_shared(SharedAddress at, V v) {
 template <int bytes>
 inline void copy_async(SharedAddress to, const void* from) {
   emulated::Thread& thread = *emulated::current;
-  thread.copies.push_back({thread.block->shared + to, from, bytes, thread.commits});
+  if (emulated::by_chance())
+    memcpy(thread.block->shared + to, from, bytes);
+  else
+    thread.copies.push_back({thread.block->shared + to, from, bytes, thread.commits});
 }
 inline void copy_async_commit() { ++emulated::current->commits; }
 template <int pending>
@@ -95,6 +98,15 @@ inline float pick(bool first, float a, float b) { return first ? a : b; }
 inline Words load_given(const void* p) { return *static_cast<const Words*>(p); }
 inline void store_given(void* p, Words v) { *static_cast<Words*>(p) = v; }
 inline void poll_pause() { emulated::yield(); }
+inline unsigned load_count(const unsigned* p) { return *p; }
+inline void raise_count(unsigned* p) { ++*p; }
+inline int leading_lanes(bool has) {
+  return emulated::exchange(has, [](auto of_lane) {
+    int n = 0;
+    while (n < 32 && of_lane(n)) ++n;
+    return n;
+  });
+}
 
 inline emulated::Cluster& emulated_cluster() {
   emulated::Cluster& cluster = *emulated::current->block->cluster;

@@ -5,6 +5,7 @@
 #include <string.h>
 #include <sys/mman.h>
 
+#include <algorithm>
 #include <memory>
 #include <mutex>
 #include <numeric>
@@ -250,6 +251,7 @@ void run_blocks(const char* name, const Configuration& c, size_t first, size_t c
 }  // namespace
 
 void set_seed(uint64_t value) { seed = value; }
+bool by_chance() { return seed != 0 && random_bits() % 2 == 0; }
 
 void wait_until(bool (*ready)(const void*), const void* what) {
   if (ready(what)) return;
@@ -281,8 +283,15 @@ void launch(const char* name, const Configuration& c, const std::function<void()
   const size_t blocks = size_t(c.grid.x) * c.grid.y * c.grid.z, cluster = size_t(c.cluster.x) * c.cluster.y * c.cluster.z;
   body = &kernel;
   blockDim = c.block, gridDim = c.grid;
-  // One at a time, in a shuffled order when threads are.
   const size_t group = c.resident ? blocks : cluster, groups = blocks / group;
+  if (seed != 0 && c.clusters) {  // they start in order, as on a card, and some are alive at once
+    for (size_t first = 0, some; first < groups; first += some) {
+      some = std::min<size_t>(groups - first, 1 + random_bits() % 3);
+      run_blocks(name, c, first * group, some * group);
+    }
+    return;
+  }
+  // One at a time, in a shuffled order when threads are.
   size_t first = 0, step = 1;
   if (seed != 0 && groups > 1) {
     first = random_bits() % groups;

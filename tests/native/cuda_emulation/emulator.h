@@ -49,7 +49,7 @@ struct Block {
   Index index;
 };
 
-// What a thread copies without waiting comes when it waits, and not before.
+// What a thread copies without waiting comes when it waits; in a shuffled order, or at once.
 struct Copy {
   unsigned char* to;
   const void* from;
@@ -77,6 +77,7 @@ extern Index threadIdx, blockIdx, blockDim, gridDim;  // its own
 
 void launch(const char* name, const Configuration& configuration, const std::function<void()>& kernel);
 void set_seed(uint64_t seed);  // 0: threads take turns in order
+bool by_chance();              // never where they do
 
 // Lets the others run, until `ready` says so. A launch all of whose threads wait for ever aborts with a message.
 void wait_until(bool (*ready)(const void*), const void* what);
