@@ -6,6 +6,7 @@
 #include <sys/mman.h>
 
 #include <algorithm>
+#include <deque>
 #include <memory>
 #include <mutex>
 #include <numeric>
@@ -78,20 +79,27 @@ void prepare(Context& context, unsigned char* stack, void (*entry)()) {
 }
 #endif
 
+}  // namespace
+
 struct Fiber {
   Thread thread;
   Context context;
   unsigned char* stack = nullptr;
-  bool (*ready)(const void*) = nullptr;  // what it waits for, if it does
+  Fiber* next = nullptr;  // who waits for the same
+  bool polls = false, done = false;
+  bool (*ready)(const void*) = nullptr;  // what it polls for; null: it looks itself
   const void* what = nullptr;
-  bool started = false, done = false;
 #if defined(__SANITIZE_ADDRESS__)
   void* fake = nullptr;
 #endif
 };
 
+namespace {
+
 Context scheduler;
 Fiber* running = nullptr;
+std::vector<Fiber*> runnable;  // whoever may go on
+std::deque<Fiber*> polling;    // in order, those who poll wait until nobody else can go on
 const std::function<void()>* body = nullptr;
 uint64_t seed = [] {
   const char* text = getenv("EMULATED_SEED");
@@ -165,41 +173,52 @@ uint64_t random_bits() {
 // In a shuffled order, a warp also falls asleep now and then while others run many turns ahead of it: on its lanes'
 // turns `asleep` counts down. Where only barriers keep the others from getting too far, one that is missing shows.
 bool dozes(Warp& warp) {
-  if (warp.asleep == 0 && random_bits() % 8192 == 0) warp.asleep = int(random_bits() % 8192);
+  if (warp.asleep == 0 && random_bits() % 2048 == 0) warp.asleep = int(random_bits() % 1024);
   if (warp.asleep > 0) --warp.asleep;
   return warp.asleep > 0;
 }
 
-// Runs the fibers in turns until all are done.
+void let_run(Fiber* fiber) {
+  if (fiber->polls && seed == 0)
+    polling.push_back(fiber);
+  else
+    runnable.push_back(fiber);
+}
+
+// The last that could go on, so that a warp runs for as long as it can; in a shuffled order any.
+Fiber* take() {
+  if (runnable.empty()) {
+    if (polling.empty()) return nullptr;
+    Fiber* fiber = polling.front();
+    polling.pop_front();
+    return fiber;
+  }
+  if (seed != 0) std::swap(runnable[random_bits() % runnable.size()], runnable.back());
+  Fiber* fiber = runnable.back();
+  runnable.pop_back();
+  return fiber;
+}
+
 void run(const char* name, std::vector<Fiber>& fibers) {
-  constexpr int patience = 2000;  // turns in which nothing but polling happened
-  const size_t n = fibers.size();
-  size_t left = n;
-  for (int idle = 0; left > 0; ++idle) {
-    if (idle > patience) {
-      size_t waiting = 0, polling = 0;
-      for (const Fiber& f : fibers) waiting += !f.done && f.ready, polling += !f.done && !f.ready;
+  const size_t n = fibers.size(), patience = 2000 * n;  // turns in which nothing but polling happened
+  for (size_t i = n; i-- > 0;) let_run(&fibers[i]);
+  for (size_t left = n, idle = 0; left > 0;) {
+    Fiber* fiber = take();
+    if (!fiber || idle > patience) {
+      const size_t poll = runnable.size() + polling.size() + (fiber != nullptr);
       fprintf(stderr, "emulator: deadlock in %s: of %zu threads %zu are done, %zu wait at a barrier, %zu poll\n", name, n,
-              n - left, waiting, polling);
+              n - left, left - poll, poll);
       abort();
     }
-    // In order, or in a random one that needs no table: i * step + first, step having no factor in common with n.
-    size_t first = 0, step = 1;
-    if (seed != 0) {
-      first = random_bits() % n;
-      do step = random_bits() % n;
-      while (n > 1 && std::gcd(step, n) != 1);
+    if ((seed != 0 && dozes(*fiber->thread.warp)) || (fiber->ready && !fiber->ready(fiber->what))) {
+      ++idle;
+      let_run(fiber);
+      continue;
     }
-    for (size_t i = 0, at = first; i < n; ++i, at = (at + step) % n) {
-      Fiber& fiber = fibers[at];
-      if (seed != 0 && dozes(*fiber.thread.warp)) continue;
-      if (fiber.done || (fiber.ready && !fiber.ready(fiber.what))) continue;
-      if (fiber.ready || !fiber.started) idle = 0;
-      fiber.ready = nullptr;
-      fiber.started = true;
-      resume(fiber);
-      if (fiber.done) --left, idle = 0;
-    }
+    idle = fiber->polls && !fiber->ready ? idle + 1 : 0;
+    fiber->polls = false, fiber->ready = nullptr;
+    resume(*fiber);
+    if (fiber->done) --left, idle = 0;
   }
 }
 
@@ -256,25 +275,28 @@ bool by_chance() { return seed != 0 && random_bits() % 2 == 0; }
 void wait_until(bool (*ready)(const void*), const void* what) {
   if (ready(what)) return;
   running->ready = ready, running->what = what;
-  to_scheduler();
+  yield();
 }
 
-void yield() { to_scheduler(); }
+void yield() {
+  running->polls = true;
+  let_run(running);
+  to_scheduler();
+}
 
 void arrive(Meeting& meeting) {
   if (++meeting.arrived < meeting.size) return;
   meeting.arrived = 0;
   ++meeting.round;
+  for (Fiber *fiber = meeting.waiting, *next; fiber; fiber = next) next = fiber->next, let_run(fiber);
+  meeting.waiting = nullptr;
 }
 
 void wait(Meeting& meeting, uint64_t round) {
-  struct Awaited {
-    Meeting* meeting;
-    uint64_t round;
-  } awaited{&meeting, round};
-  wait_until(
-      [](const void* p) { return static_cast<const Awaited*>(p)->meeting->round != static_cast<const Awaited*>(p)->round; },
-      &awaited);
+  if (meeting.round != round) return;
+  running->next = meeting.waiting;
+  meeting.waiting = running;
+  to_scheduler();
 }
 
 void launch(const char* name, const Configuration& c, const std::function<void()>& kernel) {

@@ -2,8 +2,8 @@
 // barriers and deadlocks of the kernels, and checks their values; it says nothing about time.
 //
 // A launch's blocks run one after the other unless it is cooperative or has clusters: then all of them are alive at
-// once. Fresh device memory, shared memory included, holds NaN. EMULATED_SEED in the environment, or set_seed, shuffles
-// the order of the fibers anew at every turn, so that what depends on it shows.
+// once. Fresh device memory, shared memory included, holds NaN. With EMULATED_SEED in the environment, or set_seed,
+// any of the fibers that can go on is the next, so that what depends on their order shows.
 #pragma once
 
 #include <stddef.h>
@@ -23,12 +23,13 @@ struct Index {
 struct Meeting {
   int size = 0, arrived = 0;
   uint64_t round = 0;
+  struct Fiber* waiting = nullptr;  // those who wait for this round's end
 };
 
 struct Warp {
   Meeting meeting;
-  int asleep = 0;                           // turns of its threads that it lets go by
-  alignas(16) unsigned char value[32][64];  // what each lane hands to the others: see exchange
+  int asleep = 0;                              // turns of its threads that it lets go by
+  alignas(16) unsigned char value[2][32][64];  // what each lane hands to the others: see exchange
 };
 
 struct Block;
@@ -76,7 +77,7 @@ extern Thread* current;                               // the thread that runs, n
 extern Index threadIdx, blockIdx, blockDim, gridDim;  // its own
 
 void launch(const char* name, const Configuration& configuration, const std::function<void()>& kernel);
-void set_seed(uint64_t seed);  // 0: threads take turns in order
+void set_seed(uint64_t seed);  // 0: threads run in an order of the emulator's own
 bool by_chance();              // never where they do
 
 // Lets the others run, until `ready` says so. A launch all of whose threads wait for ever aborts with a message.
@@ -91,20 +92,20 @@ inline void meet(Meeting& meeting) {
   wait(meeting, round);
 }
 
-// Every lane hands over a value and calls use(values of all lanes), all of which are there.
+// Every lane hands over a value and calls use(values of all lanes), all of which are there. One meeting is enough, since the
+// values of the next one lie elsewhere, and those of the one after it come when all lanes have read these.
 template <class V, class Use>
 inline auto exchange(const V& value, Use use) {
   static_assert(sizeof(V) <= 64, "raise Warp::value");
   Warp& warp = *current->warp;
-  __builtin_memcpy(warp.value[current->lane], &value, sizeof value);
+  auto& values = warp.value[warp.meeting.round % 2];
+  __builtin_memcpy(values[current->lane], &value, sizeof value);
   meet(warp.meeting);
-  const auto result = use([&](int lane) {
+  return use([&](int lane) {
     V v;
-    __builtin_memcpy(&v, warp.value[lane], sizeof v);
+    __builtin_memcpy(&v, values[lane], sizeof v);
     return v;
   });
-  meet(warp.meeting);
-  return result;
 }
 
 }  // namespace emulated
