@@ -1,6 +1,7 @@
 // The GPU's stack without Python, against reference.h: every cell, type, direction and length through run_forward and
 // run_backward. In the emulated build it runs on the CPU, in small sizes, with the order of threads shuffled.
 #include <math.h>
+#include <stdlib.h>
 
 #include <stdexcept>
 #include <string>
@@ -470,7 +471,7 @@ int run() {
     check_chunks();
     check_tf32();
   }
-  check_huge_batch();
+  if (!getenv("EMULATED_SEED")) check_huge_batch();  // whose blocks the order of threads does not change, and which takes long
   cuda::set_path_override(-1);
   check_projected_within();
   check_tape();
