@@ -127,6 +127,10 @@ template <int bytes>
 __device__ __forceinline__ void copy_async(SharedAddress to, const void* from) {
   asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(to), "l"(from), "n"(bytes) : "memory");
 }
+// 16 bytes likewise, past the first cache level; zeros where they are not `there`, and then nothing is read.
+__device__ __forceinline__ void copy_async_or_zeros(SharedAddress to, const void* from, bool there) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(there ? 16 : 0) : "memory");
+}
 __device__ __forceinline__ void copy_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int pending>
 __device__ __forceinline__ void copy_async_wait() {
@@ -168,19 +172,21 @@ __device__ __forceinline__ void store_given(void* p, Words v) {
 }
 __device__ __forceinline__ void poll_pause() {}  // for the emulator, whose threads take turns
 
-// Counts of what other blocks of a running kernel have done: who sees a count sees what was written before it was raised.
+// Counts of what other blocks of a running kernel have done. Who sees a count, and then says so, sees what was written before it
+// was raised.
 __device__ __forceinline__ unsigned load_count(const unsigned* p) {
   unsigned n;
-  asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(n) : "l"(p) : "memory");
+  asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(n) : "l"(p) : "memory");
   return n;
 }
+__device__ __forceinline__ void counts_seen() { asm volatile("fence.acq_rel.gpu;" ::: "memory"); }
 __device__ __forceinline__ void raise_count(unsigned* p) {
   asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(p) : "memory");
 }
 // Of the warp's lanes 0, 1, .., how many have it before the first that has not.
 __device__ __forceinline__ int leading_lanes(bool has) {
   const unsigned lacks = ~__ballot_sync(0xffffffffu, has);
-  __syncwarp();  // what one lane has seen, all may read
+  __syncwarp();  // what one lane has seen, all have
   return lacks == 0 ? 32 : __ffs(int(lacks)) - 1;
 }
 

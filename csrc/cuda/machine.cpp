@@ -59,4 +59,9 @@ void set_refused(int device, int cluster) {
     if (1 << i == cluster) machine.clusters[i] = 0;
 }
 
+void set_projecting_refused(int device) {
+  const std::lock_guard<std::mutex> lock(mutex);
+  known(device).projects = false;
+}
+
 }  // namespace fusedrnn::cuda

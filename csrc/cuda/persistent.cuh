@@ -431,7 +431,7 @@ struct Persistent {
     exchange.sync_group();  // no block leaves while another may write to it
   }
 
-  // Steps s and later may run until there, since the input that they ask for is there. Waits for that of step s.
+  // Steps s and later may run until there, since the input that they ask for is there. Waits for what step s asks for.
   __device__ __forceinline__ int runs_until(int s) const {
     if (projects && f.projection.blocks > 0) {
       const int wanted = s + steps_ahead + 1, steps = projected_steps(f, s, wanted < end ? wanted : end);

@@ -17,8 +17,8 @@ constexpr double weights_per_clock = 188, operand_per_clock = 48;  // bytes of s
 constexpr double cluster_bytes_per_clock = 26;                     // that come into a block
 constexpr double grid_clocks = 905, grid_bytes_per_clock = 30, grid_all_bytes_per_clock = 13200;  // the last: into all blocks
 
-// Believed, not yet measured: what a block takes for a tile's part, and for each value of k of it and of each 8 rows or units.
-constexpr double projected_part_clocks = 1100, projected_k_clocks = 1.1;
+// Believed, not yet measured: what a block takes for a tile's part; for each value of k, of each 8 rows or units of a warp.
+constexpr double projected_part_clocks = 1500, projected_k_clocks = 1.4;
 
 int round_up(int64_t n, int to) { return int(ceil_div(n, to) * to); }
 
@@ -153,16 +153,17 @@ int projecting_blocks(const PersistentPlan& plan, const CellInfo& cell, int size
   const int count = cell.input.count;
   if (plan.reason || size != 2 || plan.cells > persistent_warps || projection_shared_bytes(count) > machine.shared_per_block)
     return 0;
-  if (I * size % 16 != 0 || batch > projection_sight * projected_rows / 8) return 0;  // a look ahead then shows 8 steps or more
+  if (!machine.projects || I * size % 16 != 0 || 8 * batch > projection_sight * projected_rows) return 0;
   const bool grid = plan.exchange == Exchange::grid;
   const int64_t all = grid ? machine.cooperative : int64_t(clusters_of(machine, plan.blocks)) * plan.blocks;
   const int64_t group = grid ? 1 : plan.blocks, idle = all / group / at_once * group - int64_t(plan.slices) * plan.blocks;
-  const int64_t parts = projection_tiles(steps * batch) * projection_parts(H);
-  const int64_t blocks = std::min(idle, ceil_div(parts, group) * group);
-  if (blocks <= 0 || projection_parts(H) > 2 * blocks) return 0;  // or else the first step waits for long
-  const double clocks = double(ceil_div(parts, blocks)) *
-                        (projected_part_clocks + projected_k_clocks * double(projected_rows / 16 + count) * double(I));
-  return 2 * clocks <= double(steps) * plan.estimated_us * clock_per_us ? int(blocks) : 0;
+  const int64_t tiles = projection_tiles(steps * batch), parts = projection_parts(H);
+  const double part = projected_part_clocks + projected_k_clocks * double(projected_rows / 16 + count) * double(I);
+  // In half of the recurrence's time, and a tile in one turn, or two: the rest of the card is left to others.
+  const auto turns = int64_t(double(steps) * plan.estimated_us * clock_per_us / (2 * part));
+  if (turns == 0 || idle <= 0) return 0;
+  const int64_t blocks = ceil_div(std::max(ceil_div(tiles * parts, turns), std::min(parts, idle)), group) * group;
+  return blocks <= idle && parts <= 2 * blocks ? int(blocks) : 0;
 }
 
 }  // namespace fusedrnn::cuda

@@ -33,14 +33,14 @@ InputPlan input_plan(const LayerPlan& layer, const CellInfo& cell, DType dtype, 
   const bool persistent = layer.path == Path::persistent;
   if (uniform && aligned && persistent && may(Projected::within)) {
     const int blocks = projecting_blocks(p, cell, int(size_of(dtype)), steps, batch, H, I, machine, at_once);
-    if (blocks > 0) return {Projected::within, blocks};
+    if (blocks > 0) return {Projected::within, blocks, layer};
   }
   const double operations = 2.0 * double(steps * batch) * double(cell.input.count * H) * double(I);
   const double rate = size_of(dtype) == 2 ? 5e14 : tf32 ? 2e14 : 4e13;  // of a whole card, a second
   const bool pays = operations / rate > 20e-6 && persistent && 4 * p.blocks * p.slices <= 3 * machine.processors;
   if (uniform && at_once == 1 && steps >= 4 && may(Projected::beside) && (pays || forced == int(Projected::beside)))
-    return {Projected::beside, 0};
-  return {Projected::before, 0};
+    return {Projected::beside, 0, layer};
+  return {Projected::before, 0, layer};
 }
 
 std::string describe(const InputPlan& plan) {

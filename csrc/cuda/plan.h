@@ -32,7 +32,8 @@ enum class Projected { before, beside, within };
 
 struct InputPlan {
   Projected when;
-  int blocks;  // of the launch, that project
+  int blocks;       // of the launch, that project
+  LayerPlan layer;  // for which this is planned
 };
 // Of a forward pass of `steps` steps at once. uniform: all sequences are as long; aligned: rows of x and of W_ih are, to 16 bytes.
 InputPlan input_plan(const LayerPlan& layer, const CellInfo& cell, DType dtype, bool tf32, int64_t steps, int64_t batch,

@@ -6,14 +6,15 @@
 
 namespace fusedrnn::cuda {
 
-// Row n of the input, in the order of steps.
+// The packed row that is the n-th in the order of steps, or another one of the same step.
 template <class T>
 __device__ __forceinline__ int64_t projected_row(const ForwardArgs<T>& f, int n) {
-  return f.schedule.row(n / f.schedule.batch, n % f.schedule.batch);
+  return f.schedule.backward_in_time ? f.schedule.steps * f.schedule.batch - 1 - n : n;
 }
 
 // Warps (w % 2, w / 2) have 32 rows by 8 units of all slots each. Rows of x and of W_ih come to shared memory 64 bytes at a
-// time, which lane (g, q) takes 16 of: the order of a sum's terms is ours.
+// time, which lane (g, q) takes 16 of: the order of a sum's terms is ours. So is that of the units: column c of a product is
+// unit c / 2 + c % 2 * 4, and four lanes store to neighbours.
 template <class T, class Cell>
 __device__ __forceinline__ void project_input(const ForwardArgs<T>& f) {
   constexpr int count = Cell::input.count, tiles = 2, lines = projection_lines(count);
@@ -27,33 +28,37 @@ __device__ __forceinline__ void project_input(const ForwardArgs<T>& f) {
   const int line = int(threadIdx.x) / 4, piece = int(threadIdx.x) % 4;  // that it copies
   const SharedAddress shared = shared_address(shared_memory<unsigned char>());
   const auto stage = [&](int turn) { return shared + unsigned(turn % projection_stages * lines * chunk_bytes); };
-#pragma unroll 1
-  for (int i = int(blockIdx.x); i < total; i += p.blocks) {
-    const int first_row = i / parts * projected_rows, first_unit = i % parts * projected_units;
-    const T* from[copies];
-    from[0] = first_row + line < rows ? p.x + projected_row(f, first_row + line) * p.I : nullptr;
+
+  const T* from[copies];
+  int left[copies];  // of k, from this thread's first on; 0 where there is no such row
+  const auto fetch = [&](int turn) {
+    const int k = turn * 4 * F::n + piece * F::n;
+    const SharedAddress to = stage(turn) + unsigned(line * chunk_bytes + piece * 16);
+#pragma unroll
+    for (int c = 0; c < copies; ++c)
+      if ((lines % lines_at_once == 0 || c * lines_at_once + line < lines) && turn < turns)
+        copy_async_or_zeros(to + unsigned(c * lines_at_once * chunk_bytes), from[c] + k, k < left[c]);
+    copy_async_commit();
+  };
+  const auto begin = [&](int i) {  // tile i / parts, part i % parts
+    const int row = i / parts * projected_rows + line, first_unit = i % parts * projected_units;
+    from[0] = p.x + projected_row(f, row < rows ? row : 0) * p.I, left[0] = row < rows ? p.I : 0;
 #pragma unroll
     for (int c = 1; c < copies; ++c) {
       const int n = (c - 1) * lines_at_once + line, slot = n / projected_units, unit = first_unit + n % projected_units;
-      from[c] = slot < count && unit < f.H ? p.w_ih + (int64_t(gate_of_slot<Cell>(Cell::input.first + slot)) * f.H + unit) * p.I
-                                           : nullptr;
+      const bool there = slot < count && unit < f.H;
+      const int64_t w_row = there ? int64_t(gate_of_slot<Cell>(Cell::input.first + slot)) * f.H + unit : 0;
+      from[c] = p.w_ih + w_row * p.I, left[c] = there ? p.I : 0;
     }
-    const auto fetch = [&](int turn) {
-      const int k = turn * 4 * F::n + piece * F::n;
-#pragma unroll
-      for (int c = 0; c < copies; ++c) {
-        if (c * lines_at_once + line >= lines || turn >= turns) continue;
-        const SharedAddress to = stage(turn) + unsigned((c * lines_at_once + line) * chunk_bytes + piece * 16);
-        if (from[c] && k < p.I)
-          copy_async<16>(to, from[c] + k);
-        else
-          store_shared(to, no_words());
-      }
-      copy_async_commit();
-    };
-    float sum[tiles][count][4] = {};
 #pragma unroll
     for (int turn = 0; turn < projection_stages - 1; ++turn) fetch(turn);
+  };
+
+  int i = int(blockIdx.x);
+  if (i < total) begin(i);
+#pragma unroll 1
+  while (i < total) {
+    float sum[tiles][count][4] = {};
 #pragma unroll 1
     for (int turn = 0; turn < turns; ++turn) {
       copy_async_wait<projection_stages - 2>();
@@ -70,14 +75,16 @@ __device__ __forceinline__ void project_input(const ForwardArgs<T>& f) {
 #pragma unroll
         for (int r = 0; r < 2; ++r) load(factors.a[m][r], warp % 2 * 32 + 16 * m + 8 * r + g);
 #pragma unroll
-      for (int s = 0; s < count; ++s) load(factors.b[s][0], projected_rows + s * projected_units + warp / 2 * 8 + g);
+      for (int s = 0; s < count; ++s)
+        load(factors.b[s][0], projected_rows + s * projected_units + warp / 2 * 8 + g / 2 + g % 2 * 4);
       add_product(sum, factors, tiles);
     }
+    const int tile = i / parts, first_unit = i % parts * projected_units + warp / 2 * 8 + q;
 #pragma unroll
     for (int m = 0; m < tiles; ++m)
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
-        const int row = first_row + warp % 2 * 32 + 16 * m + e / 2 * 8 + g, unit = first_unit + warp / 2 * 8 + 2 * q + e % 2;
+        const int row = tile * projected_rows + warp % 2 * 32 + 16 * m + e / 2 * 8 + g, unit = first_unit + e % 2 * 4;
         if (row >= rows || unit >= f.H) continue;
         float* to = f.input + (projected_row(f, row) * f.H + unit) * count;
         float out[count];
@@ -92,13 +99,15 @@ __device__ __forceinline__ void project_input(const ForwardArgs<T>& f) {
           for (int s = 0; s < count; ++s) to[s] = out[s];
         }
       }
-    sync_block();
-    if (threadIdx.x == 0) raise_count(p.done + i / parts);
+    sync_block();  // all have stored, and nobody reads the factors any more
+    i += p.blocks;
+    if (i < total) begin(i);  // on its way while the count is raised, which takes long
+    if (threadIdx.x == 0) raise_count(p.done + tile);
   }
 }
 
-// How many steps' input is there, of those that a block sees from step s on, whose own input it has used up: at least `wanted`
-// steps in all, for which it waits.
+// Of how many steps the input is there, as far as a block sees that has used up those before step s: at least of `wanted`, for
+// which it waits. A lane looks for a tile.
 template <class T>
 __device__ __forceinline__ int projected_steps(const ForwardArgs<T>& f, int s, int wanted) {
   const int batch = f.schedule.batch, tiles = int(projection_tiles(f.schedule.steps * batch));
@@ -107,7 +116,10 @@ __device__ __forceinline__ int projected_steps(const ForwardArgs<T>& f, int s, i
     const int tile = first + lane_of_thread();
     const bool there = tile < tiles && load_count(f.projection.done + tile) == unsigned(projection_parts(f.H));
     const int ready = first + leading_lanes(there), steps = ready == tiles ? f.schedule.steps : ready * projected_rows / batch;
-    if (steps >= wanted) return steps;
+    if (steps >= wanted) {
+      counts_seen();
+      return steps;
+    }
     poll_pause();
   }
 }

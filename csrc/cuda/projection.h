@@ -1,7 +1,7 @@
 // The projection of a layer's input within the recurrence's own launch: blocks that the recurrence has no use for multiply x and
 // W_ih, a tile of rows after the other in the order of steps, and the others read what is there by then. No second launch, no
-// product to wait for. They come first in the grid and wait for nobody, and blocks start in the order of the grid: so the
-// launch ends wherever it is run, also alone, and also where not all of its blocks find room at once.
+// product to wait for. They come first in the grid and wait for nobody. All blocks find room at once on a card that has
+// nothing else to do; where it has, blocks start in practice in the order of the grid, and a launch of clusters still ends.
 #pragma once
 
 #include "cuda/persistent.h"

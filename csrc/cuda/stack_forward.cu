@@ -59,7 +59,6 @@ class ForwardPass {
       own.chunk =
           spec_.backward_in_time(d) && !w_.packed ? w_.steps : chunk_steps(w_.steps, B * cell_.input.count * H * sizeof(S));
       arena_.want(&own.input, {std::min(N, own.chunk * B), H, cell_.input.count});
-      arena_.want(&own.done, {projection_tiles(N)});
       if (panels_.empty()) {
         if (cell_.input.count > 1)
           arena_.want(&own.panel.w_ih, {H, cell_.input.count, std::max(spec_.I, spec_.input_size(L - 1))});
@@ -71,6 +70,7 @@ class ForwardPass {
     }
     if (!w_.is_packed(call_.x, spec_.I)) arena_.want(&x_room_, {N, spec_.I});
     if (drops_) arena_.want(&masked_, {N, w_.width});
+    if (counts_) arena_.want(&done_, {spec_.count(), projection_tiles(N)});
     if (tape_) kept.allocate(call_.device, call_.stream);
     arena_.allocate(call_.device, call_.stream);
   }
@@ -90,6 +90,7 @@ class ForwardPass {
   void layers() {
     Fork fork(call_.device, call_.stream, spec_.D);
     const T* x = w_.rows_of(call_.x, spec_.I, x_room_);
+    if (counts_) FUSEDRNN_CUDA(cudaMemsetAsync(done_, 0, spec_.count() * projection_tiles(w_.N) * sizeof *done_, call_.stream));
     for (int64_t l = 0; l < spec_.L; ++l) {
       const bool top = l == spec_.L - 1;
       if (!tape_) y_[l] = top && direct_ ? static_cast<T*>(call_.y.data) : between_[l % 2];
@@ -130,9 +131,8 @@ class ForwardPass {
     const T* const w_ih = panel.w_ih ? panel.w_ih : static_cast<const T*>(weights.w_ih);
     if (input.when == Projected::within) {
       a.begin = 0, a.end = int(steps), a.input = own.input;
-      a.projection = {input.blocks, int(I), x, w_ih, own.done};
-      FUSEDRNN_CUDA(cudaMemsetAsync(own.done, 0, size_t(projection_tiles(w_.N)) * sizeof *own.done, on));
-      if (!w_.run_projecting(a, on)) direction(l, d, x, on, false);
+      a.projection = {input.blocks, int(I), x, w_ih, done_ + i * projection_tiles(w_.N)};
+      if (!w_.run_projecting(input.layer, a, on)) direction(l, d, x, on, false);
       return;
     }
     const int64_t width = cell_.input.count * H;
@@ -185,14 +185,15 @@ class ForwardPass {
   const Work<T> w_;
   const bool direct_ = w_.is_packed(call_.y, w_.width);  // inference writes the last layer's y where it is wanted
   const bool drops_ = tape_ && call_.dropout > 0 && spec_.L > 1;
+  const bool counts_ = sizeof(T) == 2 && w_.packed;  // launches may project their input
 
   Arena arena_;
   std::vector<Panel<T>> panels_;         // the call's, if it brings any
   std::vector<T*> y_, saved_, operand_;  // see Tape
   T *between_[2] = {}, *masked_ = nullptr, *x_room_ = nullptr, *h0_ = nullptr;
+  unsigned* done_ = nullptr;  // (L*D, tiles): see Projection
   struct PerDirection {
     S *input, *carry, *slots;
-    unsigned* done;  // see Projection
     T* operand;
     Panel<T> panel;  // where the call brings none
     int64_t chunk;  // steps

@@ -211,18 +211,17 @@ struct Work {
     const LayerPlan plan = plan_layer(false);
     if (plan.path == Path::persistent) prepare(room, plan.persistent, steps, on);
   }
-  // A forward pass whose launch projects its input. False where there is no memory for it, or the driver refuses it: nothing was
-  // done then.
-  bool run_projecting(const ForwardArgs<T>& args, cudaStream_t on) const {
+  // A forward pass by this plan whose launch projects its input. False where there is no memory for it, or the driver refuses
+  // it: no array of args was touched then.
+  bool run_projecting(const LayerPlan& plan, const ForwardArgs<T>& args, cudaStream_t on) const {
     if constexpr (sizeof(T) == 2) {
-      const LayerPlan plan = plan_layer(false);
       Workspace room;
       if (!prepare(room, plan.persistent, steps, on)) return false;
       trace(plan, false);
-      return persistent_forward<T>(spec.cell, plan.persistent, args, room.data, on);
-    } else {
-      return false;
+      if (persistent_forward<T>(spec.cell, plan.persistent, args, room.data, on)) return true;
+      set_projecting_refused(device);
     }
+    return false;
   }
   template <class Args>
   void run_layer(const Args& args, bool backward, cudaStream_t on) const {

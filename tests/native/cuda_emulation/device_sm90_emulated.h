@@ -79,6 +79,10 @@ inline void copy_async(SharedAddress to, const void* from) {
   else
     thread.copies.push_back({thread.block->shared + to, from, bytes, thread.commits});
 }
+inline void copy_async_or_zeros(SharedAddress to, const void* from, bool there) {
+  static const Words zeros{};
+  copy_async<16>(to, there ? from : &zeros);
+}
 inline void copy_async_commit() { ++emulated::current->commits; }
 template <int pending>
 inline void copy_async_wait() {
@@ -99,6 +103,7 @@ inline Words load_given(const void* p) { return *static_cast<const Words*>(p); }
 inline void store_given(void* p, Words v) { *static_cast<Words*>(p) = v; }
 inline void poll_pause() { emulated::yield(); }
 inline unsigned load_count(const unsigned* p) { return *p; }
+inline void counts_seen() {}
 inline void raise_count(unsigned* p) { ++*p; }
 inline int leading_lanes(bool has) {
   return emulated::exchange(has, [](auto of_lane) {
