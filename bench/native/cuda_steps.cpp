@@ -53,7 +53,7 @@ class Layer {
     for (int p = 0; p < cell_.phases; ++p) arena_.want(&transposed[p], {H, cell_.recurrent[p].count * H});
     arena_.want_bytes(&workspace_, workspace_bytes);
     arena_.allocate(0, nullptr);
-    uniform_schedule(active, length, offset, from, T, B, nullptr);
+    uniform_schedule(active, length, offset, from, T, B, nullptr, 0, nullptr);
     s = {T, int(B), false, active, length, offset, from, true};
     f_.begin = 0, f_.end = T, f_.H = int(H), f_.y_row = H;
     fill(w_hh, cell_.gates * H * H, 0.5f / sqrtf(float(H))), fill(dy, N * H, 1.0f);

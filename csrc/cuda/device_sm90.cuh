@@ -172,14 +172,13 @@ __device__ __forceinline__ void store_given(void* p, Words v) {
 }
 __device__ __forceinline__ void poll_pause() {}  // for the emulator, whose threads take turns
 
-// Counts of what other blocks of a running kernel have done. Who sees a count, and then says so, sees what was written before it
-// was raised.
+// Counts of what other blocks of a running kernel have done: who sees a count sees what was written before it was raised. (A fence
+// after the load would also wait for this thread's own stores.)
 __device__ __forceinline__ unsigned load_count(const unsigned* p) {
   unsigned n;
-  asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(n) : "l"(p) : "memory");
+  asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(n) : "l"(p) : "memory");
   return n;
 }
-__device__ __forceinline__ void counts_seen() { asm volatile("fence.acq_rel.gpu;" ::: "memory"); }
 __device__ __forceinline__ void raise_count(unsigned* p) {
   asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(p) : "memory");
 }

@@ -32,7 +32,8 @@ __device__ __forceinline__ void for_flat(int64_t n, F f) {
   for (int64_t i = int64_t(blockIdx.x) * flat_threads + threadIdx.x; i < n; i += int64_t(gridDim.x) * flat_threads) f(i);
 }
 
-__global__ void uniform_schedule_kernel(int* active, int* length, int64_t* offset, int* from, int64_t T_, int64_t B) {
+__global__ void uniform_schedule_kernel(int* active, int* length, int64_t* offset, int* from, int64_t T_, int64_t B,
+                                        unsigned* counts, int64_t n) {
   for_flat(T_ + 1, [&](int64_t t) {
     active[t] = t < T_ ? int(B) : 0;
     offset[t] = t * B;
@@ -41,6 +42,7 @@ __global__ void uniform_schedule_kernel(int* active, int* length, int64_t* offse
     length[j] = int(T_);
     from[j] = int(j);
   });
+  for_flat(n, [&](int64_t i) { counts[i] = 0; });
 }
 
 struct Values {  // they travel with the launch, whose arguments may have 4 KB
@@ -250,8 +252,10 @@ __global__ void checksum_rows_kernel(unsigned long long* to, Strided<const T> a,
 
 }  // namespace
 
-void uniform_schedule(int* active, int* length, int64_t* offset, int* from, int64_t T_, int64_t B, cudaStream_t stream) {
-  launch("uniform_schedule", flat(std::max(T_ + 1, B), stream), uniform_schedule_kernel, active, length, offset, from, T_, B);
+void uniform_schedule(int* active, int* length, int64_t* offset, int* from, int64_t T_, int64_t B, unsigned* counts, int64_t n,
+                      cudaStream_t stream) {
+  launch("uniform_schedule", flat(std::max(T_ + 1, B), stream), uniform_schedule_kernel, active, length, offset, from, T_, B,
+         counts, n);
 }
 
 template <class To>

@@ -26,8 +26,9 @@ struct Packing {
   const int64_t* offset;  // (steps + 1)
 };
 
-// active (steps + 1), length (B), offset (steps + 1), from (B) of B sequences of T steps each.
-void uniform_schedule(int* active, int* length, int64_t* offset, int* from, int64_t T_, int64_t B, cudaStream_t stream);
+// active (steps + 1), length (B), offset (steps + 1), from (B) of B sequences of T steps each; and zeros for n counts.
+void uniform_schedule(int* active, int* length, int64_t* offset, int* from, int64_t T_, int64_t B, unsigned* counts, int64_t n,
+                      cudaStream_t stream);
 
 // Numbers of the host, which it may change or free at once, as int or int64_t. A copy would not do: where the GPU reads
 // pageable memory itself, cudaMemcpyAsync may return before it has read.

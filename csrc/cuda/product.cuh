@@ -77,7 +77,7 @@ __device__ __forceinline__ void add_product(Accumulate<T> (&sum)[tiles][count][4
   }
 }
 
-// Factors come from global memory: the next ones are on their way while a thread multiplies the last.
+// Factors come from global memory: the next ones are on their way while a thread multiplies the last, as many as registers hold.
 template <bool direct, class Number, class T, int count, int tiles, int units_of_gate>
 __device__ __forceinline__ void multiply_from_global(Accumulate<T> (&sum)[tiles][count][4], const T* const (&rows)[tiles][2],
                                                      const T* const (&units)[count][units_of_gate], int K, int used) {
@@ -99,16 +99,20 @@ __device__ __forceinline__ void multiply_from_global(Accumulate<T> (&sum)[tiles]
     }
   };
   const int turns = (K + product_warps * chunk - 1) / (product_warps * chunk) * turns_of_chunk;
-  F f[2] = {};
-  load(f[0], 0);
+  constexpr int fit = (200 - int(sizeof(sum)) / 4) / int(sizeof(F) / 4), most = tensor ? 4 : 2;
+  constexpr int buffers = fit < 2 ? 2 : fit < most ? fit : most, ahead = buffers - 1;
+  F f[buffers] = {};
+#pragma unroll
+  for (int b = 0; b < ahead; ++b)
+    if (b < turns) load(f[b], b);
 #pragma unroll 1
-  for (int turn = 0; turn < turns; turn += 2) {
-    if (turn + 1 < turns) load(f[1], turn + 1);
-    add_product(sum, f[0], used);
-    if (turn + 1 >= turns) break;
-    if (turn + 2 < turns) load(f[0], turn + 2);
-    add_product(sum, f[1], used);
-  }
+  for (int turn = 0; turn < turns; turn += buffers)
+#pragma unroll
+    for (int b = 0; b < buffers; ++b) {
+      if (turn + b >= turns) break;
+      if (turn + b + ahead < turns) load(f[(b + ahead) % buffers], turn + b + ahead);
+      add_product(sum, f[b], used);
+    }
 }
 
 // float32 without tensor cores, from aligned rows: the factors of a warp's next chunk of k are on their way to shared memory

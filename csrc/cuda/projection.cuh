@@ -30,25 +30,25 @@ __device__ __forceinline__ void project_input(const ForwardArgs<T>& f) {
   const auto stage = [&](int turn) { return shared + unsigned(turn % projection_stages * lines * chunk_bytes); };
 
   const T* from[copies];
-  int left[copies];  // of k, from this thread's first on; 0 where there is no such row
+  int end[copies];  // of k; 0 where there is no such row
   const auto fetch = [&](int turn) {
     const int k = turn * 4 * F::n + piece * F::n;
     const SharedAddress to = stage(turn) + unsigned(line * chunk_bytes + piece * 16);
 #pragma unroll
     for (int c = 0; c < copies; ++c)
       if ((lines % lines_at_once == 0 || c * lines_at_once + line < lines) && turn < turns)
-        copy_async_or_zeros(to + unsigned(c * lines_at_once * chunk_bytes), from[c] + k, k < left[c]);
+        copy_async_or_zeros(to + unsigned(c * lines_at_once * chunk_bytes), from[c] + k, k < end[c]);
     copy_async_commit();
   };
   const auto begin = [&](int i) {  // tile i / parts, part i % parts
     const int row = i / parts * projected_rows + line, first_unit = i % parts * projected_units;
-    from[0] = p.x + projected_row(f, row < rows ? row : 0) * p.I, left[0] = row < rows ? p.I : 0;
+    from[0] = p.x + projected_row(f, row < rows ? row : 0) * p.I, end[0] = row < rows ? p.I : 0;
 #pragma unroll
     for (int c = 1; c < copies; ++c) {
       const int n = (c - 1) * lines_at_once + line, slot = n / projected_units, unit = first_unit + n % projected_units;
       const bool there = slot < count && unit < f.H;
       const int64_t w_row = there ? int64_t(gate_of_slot<Cell>(Cell::input.first + slot)) * f.H + unit : 0;
-      from[c] = p.w_ih + w_row * p.I, left[c] = there ? p.I : 0;
+      from[c] = p.w_ih + w_row * p.I, end[c] = there ? p.I : 0;
     }
 #pragma unroll
     for (int turn = 0; turn < projection_stages - 1; ++turn) fetch(turn);
@@ -116,10 +116,7 @@ __device__ __forceinline__ int projected_steps(const ForwardArgs<T>& f, int s, i
     const int tile = first + lane_of_thread();
     const bool there = tile < tiles && load_count(f.projection.done + tile) == unsigned(projection_parts(f.H));
     const int ready = first + leading_lanes(there), steps = ready == tiles ? f.schedule.steps : ready * projected_rows / batch;
-    if (steps >= wanted) {
-      counts_seen();
-      return steps;
-    }
+    if (steps >= wanted) return steps;
     poll_pause();
   }
 }

@@ -23,7 +23,7 @@ class ForwardPass {
   }
 
   void run() {
-    device_order_.fill(order_, w_.packed, call_.T_, call_.stream);
+    device_order_.fill(order_, w_.packed, call_.T_, done_, counts_, call_.stream);
     if (tape_) fill_tape();
     if (w_.B == 0) return;
     for (int64_t i = 0; i < spec_.count(); ++i)  // those of sequences that never run
@@ -70,7 +70,7 @@ class ForwardPass {
     }
     if (!w_.is_packed(call_.x, spec_.I)) arena_.want(&x_room_, {N, spec_.I});
     if (drops_) arena_.want(&masked_, {N, w_.width});
-    if (counts_) arena_.want(&done_, {spec_.count(), projection_tiles(N)});
+    if (counts_ > 0) arena_.want(&done_, {counts_});
     if (tape_) kept.allocate(call_.device, call_.stream);
     arena_.allocate(call_.device, call_.stream);
   }
@@ -90,7 +90,6 @@ class ForwardPass {
   void layers() {
     Fork fork(call_.device, call_.stream, spec_.D);
     const T* x = w_.rows_of(call_.x, spec_.I, x_room_);
-    if (counts_) FUSEDRNN_CUDA(cudaMemsetAsync(done_, 0, spec_.count() * projection_tiles(w_.N) * sizeof *done_, call_.stream));
     for (int64_t l = 0; l < spec_.L; ++l) {
       const bool top = l == spec_.L - 1;
       if (!tape_) y_[l] = top && direct_ ? static_cast<T*>(call_.y.data) : between_[l % 2];
@@ -185,13 +184,13 @@ class ForwardPass {
   const Work<T> w_;
   const bool direct_ = w_.is_packed(call_.y, w_.width);  // inference writes the last layer's y where it is wanted
   const bool drops_ = tape_ && call_.dropout > 0 && spec_.L > 1;
-  const bool counts_ = sizeof(T) == 2 && w_.packed;  // launches may project their input
+  const int64_t counts_ = sizeof(T) == 2 && w_.packed ? spec_.count() * projection_tiles(w_.N) : 0;  // see Projection
 
   Arena arena_;
   std::vector<Panel<T>> panels_;         // the call's, if it brings any
   std::vector<T*> y_, saved_, operand_;  // see Tape
   T *between_[2] = {}, *masked_ = nullptr, *x_room_ = nullptr, *h0_ = nullptr;
-  unsigned* done_ = nullptr;  // (L*D, tiles): see Projection
+  unsigned* done_ = nullptr;             // (L*D, tiles) of these
   struct PerDirection {
     S *input, *carry, *slots;
     T* operand;

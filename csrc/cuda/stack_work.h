@@ -85,9 +85,10 @@ struct DeviceOrder {
     const int64_t steps = int64_t(order.active.size()), B = int64_t(order.from.size());
     arena.want(&active, {steps}), arena.want(&offset, {steps}), arena.want(&length, {B}), arena.want(&from, {B});
   }
-  void fill(const Order& order, bool uniform, int64_t T_, cudaStream_t stream) const {
+  // And zeros for n counts, of which there are only where it is uniform.
+  void fill(const Order& order, bool uniform, int64_t T_, unsigned* counts, int64_t n, cudaStream_t stream) const {
     const int64_t B = int64_t(order.from.size());
-    if (uniform) return uniform_schedule(active, length, offset, from, B == 0 ? 0 : T_, B, stream);
+    if (uniform) return uniform_schedule(active, length, offset, from, B == 0 ? 0 : T_, B, counts, n, stream);
     upload(active, order.active, stream), upload(length, order.length, stream), upload(from, order.from, stream);
     upload(offset, order.offset, stream);
   }

@@ -103,7 +103,6 @@ inline Words load_given(const void* p) { return *static_cast<const Words*>(p); }
 inline void store_given(void* p, Words v) { *static_cast<Words*>(p) = v; }
 inline void poll_pause() { emulated::yield(); }
 inline unsigned load_count(const unsigned* p) { return *p; }
-inline void counts_seen() {}
 inline void raise_count(unsigned* p) { ++*p; }
 inline int leading_lanes(bool has) {
   return emulated::exchange(has, [](auto of_lane) {
