@@ -59,9 +59,9 @@ void set_refused(int device, int cluster) {
     if (1 << i == cluster) machine.clusters[i] = 0;
 }
 
-void set_projecting_refused(int device) {
+void set_projecting_refused(int device, int exchange) {
   const std::lock_guard<std::mutex> lock(mutex);
-  known(device).projects = false;
+  known(device).projects[exchange] = false;
 }
 
 }  // namespace fusedrnn::cuda

@@ -20,7 +20,7 @@ struct Machine {
   int max_cluster = 1;   // blocks
   int clusters[5] = {};  // [i > 0]: of 2^i blocks, a processor each, how many are resident at once
   int cooperative = 0;   // blocks of a cooperative launch, a processor each; 0: there is no such launch
-  bool projects = true;  // launches with more blocks, which project the input
+  bool projects[2] = {true, true};  // by Exchange: launches with more blocks, which project the input
 };
 
 // Asked of the current device's driver: clusters.cu.
@@ -31,6 +31,6 @@ Machine machine_of(int device);  // asked once; throws Error where it is missing
 
 // From now on the device has no clusters of so many blocks, or for 0 no cooperative launches.
 void set_refused(int device, int cluster);
-void set_projecting_refused(int device);
+void set_projecting_refused(int device, int exchange);
 
 }  // namespace fusedrnn::cuda

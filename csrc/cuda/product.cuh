@@ -99,6 +99,7 @@ __device__ __forceinline__ void multiply_from_global(Accumulate<T> (&sum)[tiles]
     }
   };
   const int turns = (K + product_warps * chunk - 1) / (product_warps * chunk) * turns_of_chunk;
+  // Of 255 registers, 200 for sums and factors leave nothing to spill.
   constexpr int fit = (200 - int(sizeof(sum)) / 4) / int(sizeof(F) / 4), most = tensor ? 4 : 2;
   constexpr int buffers = fit < 2 ? 2 : fit < most ? fit : most, ahead = buffers - 1;
   F f[buffers] = {};

@@ -13,8 +13,8 @@ __device__ __forceinline__ int64_t projected_row(const ForwardArgs<T>& f, int n)
 }
 
 // Warps (w % 2, w / 2) have 32 rows by 8 units of all slots each. Rows of x and of W_ih come to shared memory 64 bytes at a
-// time, which lane (g, q) takes 16 of: the order of a sum's terms is ours. So is that of the units: column c of a product is
-// unit c / 2 + c % 2 * 4, and four lanes store to neighbours.
+// time, which lane (g, q) takes 16 of: the order of a sum's terms is ours. So is that of the units: line c of 8 is unit
+// c / 2 + c % 2 * 4, and four lanes store to neighbours.
 template <class T, class Cell>
 __device__ __forceinline__ void project_input(const ForwardArgs<T>& f) {
   constexpr int count = Cell::input.count, tiles = 2, lines = projection_lines(count);
@@ -45,7 +45,8 @@ __device__ __forceinline__ void project_input(const ForwardArgs<T>& f) {
     from[0] = p.x + projected_row(f, row < rows ? row : 0) * p.I, end[0] = row < rows ? p.I : 0;
 #pragma unroll
     for (int c = 1; c < copies; ++c) {
-      const int n = (c - 1) * lines_at_once + line, slot = n / projected_units, unit = first_unit + n % projected_units;
+      const int n = (c - 1) * lines_at_once + line, slot = n / projected_units;
+      const int unit = first_unit + n % projected_units / 8 * 8 + n % 8 / 2 + n % 2 * 4;
       const bool there = slot < count && unit < f.H;
       const int64_t w_row = there ? int64_t(gate_of_slot<Cell>(Cell::input.first + slot)) * f.H + unit : 0;
       from[c] = p.w_ih + w_row * p.I, end[c] = there ? p.I : 0;
@@ -75,8 +76,7 @@ __device__ __forceinline__ void project_input(const ForwardArgs<T>& f) {
 #pragma unroll
         for (int r = 0; r < 2; ++r) load(factors.a[m][r], warp % 2 * 32 + 16 * m + 8 * r + g);
 #pragma unroll
-      for (int s = 0; s < count; ++s)
-        load(factors.b[s][0], projected_rows + s * projected_units + warp / 2 * 8 + g / 2 + g % 2 * 4);
+      for (int s = 0; s < count; ++s) load(factors.b[s][0], projected_rows + s * projected_units + warp / 2 * 8 + g);
       add_product(sum, factors, tiles);
     }
     const int tile = i / parts, first_unit = i % parts * projected_units + warp / 2 * 8 + q;
@@ -101,13 +101,13 @@ __device__ __forceinline__ void project_input(const ForwardArgs<T>& f) {
       }
     sync_block();  // all have stored, and nobody reads the factors any more
     i += p.blocks;
-    if (i < total) begin(i);  // on its way while the count is raised, which takes long
+    if (i < total) begin(i);  // before the count is raised, whose fence takes long
     if (threadIdx.x == 0) raise_count(p.done + tile);
   }
 }
 
 // Of how many steps the input is there, as far as a block sees that has used up those before step s: at least of `wanted`, for
-// which it waits. A lane looks for a tile.
+// which it waits. Each lane reads one tile's count.
 template <class T>
 __device__ __forceinline__ int projected_steps(const ForwardArgs<T>& f, int s, int wanted) {
   const int batch = f.schedule.batch, tiles = int(projection_tiles(f.schedule.steps * batch));

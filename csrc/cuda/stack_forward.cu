@@ -184,13 +184,13 @@ class ForwardPass {
   const Work<T> w_;
   const bool direct_ = w_.is_packed(call_.y, w_.width);  // inference writes the last layer's y where it is wanted
   const bool drops_ = tape_ && call_.dropout > 0 && spec_.L > 1;
-  const int64_t counts_ = sizeof(T) == 2 && w_.packed ? spec_.count() * projection_tiles(w_.N) : 0;  // see Projection
+  const int64_t counts_ = sizeof(T) == 2 && w_.packed ? spec_.count() * projection_tiles(w_.N) : 0;  // of done_
 
   Arena arena_;
   std::vector<Panel<T>> panels_;         // the call's, if it brings any
   std::vector<T*> y_, saved_, operand_;  // see Tape
   T *between_[2] = {}, *masked_ = nullptr, *x_room_ = nullptr, *h0_ = nullptr;
-  unsigned* done_ = nullptr;             // (L*D, tiles) of these
+  unsigned* done_ = nullptr;             // (L*D, tiles): see Projection
   struct PerDirection {
     S *input, *carry, *slots;
     T* operand;

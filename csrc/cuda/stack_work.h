@@ -220,7 +220,7 @@ struct Work {
       if (!prepare(room, plan.persistent, steps, on)) return false;
       trace(plan, false);
       if (persistent_forward<T>(spec.cell, plan.persistent, args, room.data, on)) return true;
-      set_projecting_refused(device);
+      set_projecting_refused(device, int(plan.persistent.exchange));
     }
     return false;
   }

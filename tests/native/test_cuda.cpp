@@ -441,8 +441,16 @@ void check_refusals() {
   cuda::set_path_override(-1);
   check(runs(cuda::Exchange::cluster), "refusals: in clusters first");
   emulated::refuse(true, false);
-  const Shape within{0, 20, 3, 24, 40};  // whose input is projected within the launch: refused, then in a grid's
-  for (int i = 0; i < 2; ++i) check_type(cuda::DType::bfloat16, within);
+  // The input is projected within the launch: that is refused, and then done in a grid's.
+  const Shape within{0, 20, 3, 24, 40};
+  check_type(cuda::DType::bfloat16, within);
+  const cuda::LayerPlan layer =
+      cuda::layer_plan(cells[0], cuda::DType::bfloat16, false, within.H, within.B, 60, false, 1, cuda::machine_of(0));
+  const cuda::InputPlan input = cuda::input_plan(layer, cells[0], cuda::DType::bfloat16, false, within.T, within.B, within.H,
+                                                 within.I, true, true, 1, cuda::machine_of(0));
+  check(layer.persistent.exchange == cuda::Exchange::grid && input.when == cuda::Projected::within,
+        "refusals: a grid projects where clusters are refused");
+  check_type(cuda::DType::bfloat16, within);
   check_type(cuda::DType::float32, shape);
   check(runs(cuda::Exchange::grid), "refusals: as a grid where clusters are refused");
   cuda::set_projected_override(
@@ -471,7 +479,7 @@ int run() {
     check_chunks();
     check_tf32();
   }
-  if (!getenv("EMULATED_SEED")) check_huge_batch();  // whose blocks the order of threads does not change, and which takes long
+  if (!getenv("EMULATED_SEED")) check_huge_batch();  // takes long, and is about numbers of blocks, not the order of threads
   cuda::set_path_override(-1);
   check_projected_within();
   check_tape();

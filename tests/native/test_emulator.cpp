@@ -1,11 +1,13 @@
 // The emulator that test_cuda trusts: threads meet, exchange and see each other's memory as CUDA's do.
 #include <math.h>
+#include <sys/wait.h>
+#include <unistd.h>
 
 #include <vector>
 
 #include "check.h"
 #include "cuda/check.h"
-#include "cuda/device.cuh"
+#include "cuda/device_sm90.cuh"
 #include "cuda/quick_activations.cuh"
 
 namespace fusedrnn::tests {
@@ -38,6 +40,40 @@ void check_threads(uint64_t seed) {
   unsigned long long sum = 0;
   cuda::launch("count", {5, 64}, count, &sum);
   check(sum == 5 * 63 * 32, "atomic sums");
+}
+
+__global__ void half_meets() {
+  if (threadIdx.x < 32) cuda::sync_block();
+}
+__global__ void poll_together(const unsigned* count) {
+  while (cuda::leading_lanes(cuda::load_count(count) > 0) < 32) cuda::poll_pause();
+}
+
+// Threads that wait for ever end the program, with a word.
+template <class Launch>
+void check_deadlock(const std::string& what, Launch launch) {
+  int out[2];
+  check(pipe(out) == 0, what + ": a pipe");
+  const pid_t child = fork();
+  if (child == 0) {
+    dup2(out[1], STDERR_FILENO);
+    launch();
+    _exit(0);
+  }
+  close(out[1]);
+  char text[256] = "";
+  const ssize_t length = read(out[0], text, sizeof text - 1);
+  close(out[0]);
+  int status = 0;
+  waitpid(child, &status, 0);
+  check(length > 0 && std::string(text).find("emulator: deadlock") != std::string::npos && WIFSIGNALED(status),
+        what + ": ends with a word: " + text);
+}
+void check_deadlocks(uint64_t seed) {
+  emulated::set_seed(seed);
+  static const unsigned never = 0;
+  check_deadlock("half_meets", [] { cuda::launch("half_meets", {2, 64}, half_meets); });
+  check_deadlock("poll_together", [] { cuda::launch("poll_together", {1, 64}, poll_together, &never); });
 }
 
 void check_graphs() {
@@ -103,7 +139,7 @@ void check_quick_activations() {
 
 int main() {
   using namespace fusedrnn::tests;
-  for (uint64_t seed : {0, 1, 2, 3}) check_threads(seed);
+  for (uint64_t seed : {0, 1, 2, 3}) check_threads(seed), check_deadlocks(seed);
   check_graphs();
   check_errors();
   check_types();

@@ -87,6 +87,7 @@ struct Fiber {
   unsigned char* stack = nullptr;
   Fiber* next = nullptr;  // who waits for the same
   bool polls = false, done = false;
+  bool meets_warp = false;               // what it last waited for was its warp
   bool (*ready)(const void*) = nullptr;  // what it polls for; null: it looks itself
   const void* what = nullptr;
 #if defined(__SANITIZE_ADDRESS__)
@@ -200,7 +201,7 @@ Fiber* take() {
 }
 
 void run(const char* name, std::vector<Fiber>& fibers) {
-  const size_t n = fibers.size(), patience = 2000 * n;  // turns in which nothing but polling happened
+  const size_t n = fibers.size(), patience = 20000 * n;  // turns in which nothing but polling happened
   for (size_t i = n; i-- > 0;) let_run(&fibers[i]);
   for (size_t left = n, idle = 0; left > 0;) {
     Fiber* fiber = take();
@@ -215,8 +216,11 @@ void run(const char* name, std::vector<Fiber>& fibers) {
       let_run(fiber);
       continue;
     }
-    idle = fiber->polls && !fiber->ready ? idle + 1 : 0;
-    fiber->polls = false, fiber->ready = nullptr;
+    if (fiber->polls && !fiber->ready)
+      ++idle;
+    else if (!fiber->meets_warp)  // a warp may poll together
+      idle = 0;
+    fiber->polls = fiber->meets_warp = false, fiber->ready = nullptr;
     resume(*fiber);
     if (fiber->done) --left, idle = 0;
   }
@@ -294,6 +298,7 @@ void arrive(Meeting& meeting) {
 
 void wait(Meeting& meeting, uint64_t round) {
   if (meeting.round != round) return;
+  running->meets_warp = meeting.size <= 32;
   running->next = meeting.waiting;
   meeting.waiting = running;
   to_scheduler();
