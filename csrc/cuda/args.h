@@ -57,7 +57,7 @@ struct ForwardArgs {
   Schedule schedule;
   int begin, end;  // the steps to run; where they do not start at 0, `carry` and y hold what was left by the last call
   int H;
-  Accumulate<T>* input;  // (N, H, input.count): W_ih x, without bias; only the rows of the steps to run are there
+  Accumulate<T>* input;        // (N, H, input.count): W_ih x, without bias; only the rows of the steps to run are there
   const T* w_hh;               // (gates*H, H), as the caller's
   const Accumulate<T>* bias;   // (slots, H): b_ih and b_hh as the slots take them
   const T* state[max_states];  // (B, H) in the caller's order, or null for zeros

@@ -31,6 +31,6 @@ Machine machine_of(int device);  // asked once; throws Error where it is missing
 
 // From now on the device has no clusters of so many blocks, or for 0 no cooperative launches.
 void set_refused(int device, int cluster);
-void set_projecting_refused(int device, int exchange);
+void set_projecting_refused(int device, int exchange);  // Machine::projects
 
 }  // namespace fusedrnn::cuda

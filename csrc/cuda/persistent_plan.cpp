@@ -160,10 +160,10 @@ int projecting_blocks(const PersistentPlan& plan, const CellInfo& cell, int size
   const int64_t group = grid ? 1 : plan.blocks, idle = all / group / at_once * group - int64_t(plan.slices) * plan.blocks;
   const int64_t tiles = projection_tiles(steps * batch), parts = projection_parts(H);
   const double part = projected_part_clocks + projected_k_clocks * double(projected_rows / 16 + count) * double(I);
-  // In half of the recurrence's time, and a tile in one turn, or two: the rest of the card is left to others.
-  const auto turns = int64_t(double(steps) * plan.estimated_us * clock_per_us / (2 * part));
-  if (turns == 0 || idle <= 0) return 0;
-  const int64_t blocks = ceil_div(std::max(ceil_div(tiles * parts, turns), std::min(parts, idle)), group) * group;
+  // In half of the recurrence's time, and a part or two of each tile: the rest of the card is left to others.
+  const auto most_parts = int64_t(double(steps) * plan.estimated_us * clock_per_us / (2 * part));  // of a block
+  if (most_parts == 0 || idle <= 0) return 0;
+  const int64_t blocks = ceil_div(std::max(ceil_div(tiles * parts, most_parts), std::min(parts, idle)), group) * group;
   return blocks <= idle && parts <= 2 * blocks ? int(blocks) : 0;
 }
 

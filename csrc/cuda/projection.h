@@ -10,7 +10,7 @@ namespace fusedrnn::cuda {
 
 constexpr int projected_rows = 64, projected_units = 32;  // of x, and of the hidden units: what a block computes at a time
 constexpr int projection_stages = 4;  // of a chunk of k each, multiplied or on their way
-constexpr int projection_sight = 32;  // tiles that a block looks ahead for
+constexpr int projection_sight = 32;  // tiles that a warp looks ahead for, a lane each
 
 FUSEDRNN_HD_INLINE int64_t projection_tiles(int64_t rows) { return ceil_div(rows, projected_rows); }
 FUSEDRNN_HD_INLINE int64_t projection_parts(int64_t H) { return ceil_div(H, projected_units); }  // of a tile

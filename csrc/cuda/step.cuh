@@ -10,17 +10,6 @@ namespace fusedrnn::cuda {
 
 FUSEDRNN_HD_INLINE constexpr bool within(Span span, int slot) { return slot >= span.first && slot < span.first + span.count; }
 
-// A cell's slot_gate as a value, which device code may index where a member of the class is not there.
-struct Gates {
-  int of[CellInfo::max_slots];
-};
-template <class Cell>
-FUSEDRNN_HD_INLINE constexpr Gates gates_of() {
-  Gates g{};
-  for (int i = 0; i < Cell::slots; ++i) g.of[i] = Cell::slot_gate[i];
-  return g;
-}
-
 // h_{t-1} of step s, or null for zeros.
 template <class T>
 __device__ __forceinline__ const T* h_before(const ForwardArgs<T>& a, int s, int j) {
@@ -51,10 +40,9 @@ __global__ void __launch_bounds__(product_threads, 1) forward_step(const Call<Fo
     if (row >= rows) return nullptr;
     return p == 0 ? h_before(a, s, first + row) : operand_of(a, s, first + row);
   };
-  constexpr Gates gates = gates_of<Cell>();
   const auto weight_row = [&](int i, int unit) -> const T* {
     const int u = u0 + unit;
-    return u < H ? a.w_hh + (int64_t(gates.of[span.first + i]) * H + u) * H : nullptr;
+    return u < H ? a.w_hh + (int64_t(gate_of_slot<Cell>(span.first + i)) * H + u) * H : nullptr;
   };
   const int most = 16 * product_tiles<Number>;
   product<T, Number, span.count>(operand_row, weight_row, H, rows < most ? rows : most,

@@ -337,6 +337,13 @@ void check_chunks() {
   cuda::set_projected_override(-1);
 }
 
+// When the first layer's input is projected, and by what plan.
+cuda::InputPlan input_plan_of(const Shape& s, cuda::DType t, bool uniform = true, bool aligned = true) {
+  const cuda::Machine machine = cuda::machine_of(0);
+  const cuda::LayerPlan layer = cuda::layer_plan(cells[s.cell], t, false, s.H, s.B, s.T * s.B, false, s.D, machine);
+  return cuda::input_plan(layer, cells[s.cell], t, false, s.T, s.B, s.H, s.I, uniform, aligned, s.D, machine);
+}
+
 // The input projected within the recurrence's launch: I in a chunk of k and more, with tails; units in one part and two; rows in
 // several tiles, of which a step spans two, and in more than a block looks ahead for.
 void check_projected_within() {
@@ -345,13 +352,9 @@ void check_projected_within() {
       for (const Shape& s :
            {Shape{cell, 16, 5, 40, 24, 1, 2}, Shape{cell, 24, 3, 8, 40, 1, 1, true, true}, Shape{cell, 33, 67, 72, 8}}) {
         if ((cell != 0) + (s.B > 60) + (t == cuda::DType::float16) > 1) continue;  // for the sake of time
-        const auto plan = [&](bool uniform, bool aligned) {
-          const cuda::Machine machine = cuda::machine_of(0);
-          const cuda::LayerPlan layer = cuda::layer_plan(cells[cell], t, false, s.H, s.B, s.T * s.B, false, int(s.D), machine);
-          return cuda::input_plan(layer, cells[cell], t, false, s.T, s.B, s.H, s.I, uniform, aligned, int(s.D), machine);
-        };
-        check(plan(true, true).when == cuda::Projected::within && plan(true, true).blocks > 0, s.name() + ": projected within");
-        check(plan(false, true).when != cuda::Projected::within && plan(true, false).when != cuda::Projected::within,
+        check(input_plan_of(s, t).when == cuda::Projected::within, s.name() + ": projected within");
+        check(input_plan_of(s, t, false, true).when != cuda::Projected::within &&
+                  input_plan_of(s, t, true, false).when != cuda::Projected::within,
               s.name() + ": projected elsewhere where lengths differ, or rows are not aligned");
         check_type(t, s);
       }
@@ -444,17 +447,14 @@ void check_refusals() {
   // The input is projected within the launch: that is refused, and then done in a grid's.
   const Shape within{0, 20, 3, 24, 40};
   check_type(cuda::DType::bfloat16, within);
-  const cuda::LayerPlan layer =
-      cuda::layer_plan(cells[0], cuda::DType::bfloat16, false, within.H, within.B, 60, false, 1, cuda::machine_of(0));
-  const cuda::InputPlan input = cuda::input_plan(layer, cells[0], cuda::DType::bfloat16, false, within.T, within.B, within.H,
-                                                 within.I, true, true, 1, cuda::machine_of(0));
-  check(layer.persistent.exchange == cuda::Exchange::grid && input.when == cuda::Projected::within,
+  const cuda::InputPlan input = input_plan_of(within, cuda::DType::bfloat16);
+  check(input.layer.persistent.exchange == cuda::Exchange::grid && input.when == cuda::Projected::within,
         "refusals: a grid projects where clusters are refused");
   check_type(cuda::DType::bfloat16, within);
   check_type(cuda::DType::float32, shape);
   check(runs(cuda::Exchange::grid), "refusals: as a grid where clusters are refused");
-  cuda::set_projected_override(
-      int(cuda::Projected::beside));  // a grid's memory is then filled before something starts beside it
+  // A grid's memory is filled before something starts beside it.
+  cuda::set_projected_override(int(cuda::Projected::beside));
   check_type(cuda::DType::float32, {0, 9, 1, 3, 200});
   cuda::set_projected_override(-1);
   emulated::refuse(true, true);

@@ -200,6 +200,7 @@ Fiber* take() {
   return fiber;
 }
 
+// Runs the fibers until all are done.
 void run(const char* name, std::vector<Fiber>& fibers) {
   const size_t n = fibers.size(), patience = 20000 * n;  // turns in which nothing but polling happened
   for (size_t i = n; i-- > 0;) let_run(&fibers[i]);

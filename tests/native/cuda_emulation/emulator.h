@@ -1,9 +1,9 @@
 // CUDA threads on one CPU thread: each is a fiber that runs until it waits for others. It finds wrong indices, missing
 // barriers and deadlocks of the kernels, and checks their values; it says nothing about time.
 //
-// A launch's blocks run one after the other unless it is cooperative or has clusters: then all of them are alive at
-// once. Fresh device memory, shared memory included, holds NaN. With EMULATED_SEED in the environment, or set_seed,
-// any of the fibers that can go on is the next, so that what depends on their order shows.
+// A launch's blocks run one after the other. Those of a cluster are alive at once, as are all of a cooperative launch, and in a
+// shuffled order those of a few clusters. Fresh device memory, shared memory included, holds NaN. With EMULATED_SEED in the
+// environment, or set_seed, any of the fibers that can go on is the next, so that what depends on their order shows.
 #pragma once
 
 #include <stddef.h>
@@ -28,7 +28,7 @@ struct Meeting {
 
 struct Warp {
   Meeting meeting;
-  int asleep = 0;                              // turns of its threads that it lets go by
+  int asleep = 0;  // turns of its threads that it lets go by
   alignas(16) unsigned char value[2][32][64];  // what each lane hands to the others: see exchange
 };
 
@@ -73,12 +73,12 @@ struct Configuration {
   bool clusters = false;  // it is a launch of clusters, if only of one block each
 };
 
-extern Thread* current;                               // the thread that runs, null outside of a launch
+extern Thread* current;  // the thread that runs, null outside of a launch
 extern Index threadIdx, blockIdx, blockDim, gridDim;  // its own
 
 void launch(const char* name, const Configuration& configuration, const std::function<void()>& kernel);
 void set_seed(uint64_t seed);  // 0: threads run in an order of the emulator's own
-bool by_chance();              // never where they do
+bool by_chance();  // never where they do
 
 // Lets the others run, until `ready` says so. A launch all of whose threads wait for ever aborts with a message.
 void wait_until(bool (*ready)(const void*), const void* what);
