@@ -129,74 +129,115 @@ struct Persistent {
       return held1;
   }
 
-  // ---- the weights
+  // ---- the weights: of word x of each chunk of k a lane has 16 bytes of a row, which is a slot of a unit
 
-  // 16 bytes of the weights: of a slot of a unit of this block, from element k of the operand on; 0 where there is no such
-  // unit.
-  template <int q, bool direct>
-  __device__ __forceinline__ Words weights(int slot, int unit, int k) const {
-    constexpr int slots = backward ? Cell::recurrent[q].count : 1;
-    const int H = f.H, units = plan.units, v = k / vector, part = v % slots, from = v / slots * vector;  // slot, unit of k
-    Words words = no_words();
-    if (unit >= units || first_unit + unit >= H || from >= H) return words;
-    const T* w;
-    if constexpr (backward)
-      w = a.w_hh_t[q] + (int64_t(first_unit + unit) * slots + part) * H + from;
-    else
-      w = f.w_hh + (int64_t(gate_of_slot<Cell>(Cell::recurrent[q].first + slot)) * H + first_unit + unit) * H + from;
-    if constexpr (direct) {
-      words = *reinterpret_cast<const Words*>(w);
-    } else {
-      // Elements come in at the upper end and push one another down: less to compile, 32 times, than a place for each.
-      constexpr int bits = 8 * sizeof(T);
-      uint64_t low = 0, high = 0;
-#pragma unroll 1
-      for (int i = 0; i < vector; ++i) {
-        uint64_t element = 0;
-        if (from + i < H) memcpy(&element, w + i, sizeof(T));
-        low = low >> bits | high << (64 - bits), high = high >> bits | element << (64 - bits);
-      }
-      memcpy(words.w, &low, 8), memcpy(words.w + 2, &high, 8);
-    }
-    if (sizeof(T) == 4 && plan.tf32)
-#pragma unroll
-      for (int i = 0; i < 4; ++i) words.w[i] = round_to_tf32(words.w[i]);
-    return words;
+  template <int q>
+  static constexpr int operand_slots = backward ? Cell::recurrent[q].count : 1;
+
+  // Where the row lies; below 0 where this block has no such unit.
+  template <int q, bool wide>
+  __device__ __forceinline__ int weights_row(int x) const {
+    constexpr int groups = groups_of(results<q>, wide);
+    const int unit = (warp % plan.stage[q].row_warps * groups + x % groups) * lane_units + g, u = first_unit + unit;
+    if (part[q].groups == 0 || unit >= plan.units || u >= f.H) return -1;
+    if (backward) return u * operand_slots<q> * f.H;
+    return (gate_of_slot<Cell>(Cell::recurrent[q].first + x / groups) * f.H + u) * f.H;
+  }
+  // Where in a row those of chunk i lie, units by 16 bytes and their slots in turns; below 0 where there are none.
+  template <int q>
+  __device__ __forceinline__ int weights_place(int i) const {
+    const Stage& s = plan.stage[q];
+    const int v = (warp / s.row_warps * s.warp_chunks + i) * 4 + quarter, unit = v / operand_slots<q> * vector;
+    return i < part[q].chunks && unit < f.H ? v % operand_slots<q> * f.H + unit : -1;
+  }
+  template <bool aligned>
+  __device__ __forceinline__ Words weights(const T* w, int row, int place) const {
+    alignas(16) T of[vector];
+    Words words;
+    load_row<aligned>(of, row < 0 || place < 0 ? nullptr : w + (row + place), f.H - place % f.H);
+    memcpy(&words, of, sizeof words);
+    return rounded(words);
   }
   template <int q>
   __device__ __forceinline__ SharedAddress spilled(int word) const {  // beyond those in registers
     const Stage& s = plan.stage[q];
     return shared + unsigned(s.weights + ((word * s.row_warps * s.depth_warps + warp) * 32 + lane) * 16);
   }
+  __device__ __forceinline__ Words rounded(Words words) const {
+    if (sizeof(T) == 4 && plan.tf32)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) words.w[i] = round_to_tf32(words.w[i]);
+    return words;
+  }
+
   template <int q, bool wide>
   __device__ __forceinline__ void load_weights() {
-    const T* base;
+    const T* w;
     if constexpr (backward)
-      base = a.w_hh_t[q];
+      w = a.w_hh_t[q];
     else
-      base = f.w_hh;
-    if (f.H % vector == 0 && uint64_t(base) % 16 == 0)  // once: a branch for each would wait for each
-      load_weights<q, wide, true>();
-    else
-      load_weights<q, wide, false>();
+      w = f.w_hh;
+    if (f.H % vector == 0 && uint64_t(w) % 16 == 0) {
+      spill_weights<q, wide, true>(w);
+      hold_aligned_weights<q, wide>(w);
+    } else {
+      spill_weights<q, wide, false>(w);
+      hold_weights<q, wide>(w);
+    }
   }
-  template <int q, bool wide, bool direct>
-  __device__ __forceinline__ void load_weights() {
-    constexpr int groups = groups_of(results<q>, wide), words = 2 * tiles_of(results<q>, wide);
-    constexpr int chunks = held_words<q> / words;
-    const Stage& s = plan.stage[q];
-    const Part& p = part[q];
-    const auto load = [&](int i, int x) {
-      const int unit = (warp % s.row_warps * groups + x % groups) * lane_units + g;
-      const int k = (warp / s.row_warps * s.warp_chunks + i) * chunk + quarter * vector;
-      return p.groups > 0 && i < p.chunks ? weights<q, direct>(x / groups, unit, k) : no_words();
-    };
+  // To shared memory, while registers are free.
+  template <int q, bool wide, bool aligned>
+  __device__ __forceinline__ void spill_weights(const T* w) const {
+    constexpr int words = 2 * tiles_of(results<q>, wide), chunks = held_words<q> / words, at_once = aligned ? words : 1;
+#pragma unroll 1
+    for (int i = chunks; i < part[q].chunks && part[q].groups > 0; ++i)
+#pragma unroll 1
+      for (int x = 0; x < words; x += at_once) {
+        Words of[at_once];
 #pragma unroll
-    for (int i = 0; i < chunks; ++i)
+        for (int n = 0; n < at_once; ++n) of[n] = weights<aligned>(w, weights_row<q, wide>(x + n), weights_place<q>(i));
 #pragma unroll
-      for (int x = 0; x < words; ++x) held<q>()[i * words + x] = load(i, x);
-    for (int i = chunks; i < p.chunks && p.groups > 0; ++i)
-      for (int x = 0; x < words; ++x) store_shared(spilled<q>((i - chunks) * words + x), load(i, x));
+        for (int n = 0; n < at_once; ++n) store_shared(spilled<q>((i - chunks) * words + x + n), of[n]);
+      }
+  }
+  // Words come in at the upper end and push one another down: less to compile than a place for each.
+  template <int q, bool wide>
+  __device__ __forceinline__ void hold_weights(const T* w) {
+    constexpr int words = 2 * tiles_of(results<q>, wide), all = held_words<q> / words * words;
+#pragma unroll
+    for (int n = 0; n < all; ++n) held<q>()[n] = no_words();
+#pragma unroll 1
+    for (int n = 0; n < all; ++n) {
+#pragma unroll
+      for (int m = 0; m + 1 < all; ++m) held<q>()[m] = held<q>()[m + 1];
+      held<q>()[all - 1] = weights<false>(w, weights_row<q, wide>(n % words), weights_place<q>(n / words));
+    }
+  }
+  // Neither a branch for each, which would wait for each, nor a predicate, of which there are seven: what is not there is some
+  // of what is, masked. Every turns-th chunk is of the same slot.
+  template <int q, bool wide>
+  __device__ __forceinline__ void hold_aligned_weights(const T* w) {
+    constexpr int words = 2 * tiles_of(results<q>, wide), chunks = held_words<q> / words, slots = operand_slots<q>;
+    constexpr int turns = 4 % slots == 0 ? 1 : slots, step = 4 * turns / slots * vector;
+#pragma unroll
+    for (int x = 0; x < words; ++x)
+#pragma unroll
+      for (int r = 0; r < turns; ++r) {
+        const int row = weights_row<q, wide>(x), place = weights_place<q>(r);
+        const bool any = row >= 0 && place >= 0;
+        const int of_warp = (part[q].chunks - r + turns - 1) / turns, of_row = (f.H - place % f.H + step - 1) / step;
+        const int there = kept(!any ? 0 : of_warp < of_row ? of_warp : of_row), last = there > 0 ? there - 1 : 0;
+        const T* const from = w + (any ? row + place : 0);
+#pragma unroll
+        for (int i = r; i < chunks; i += turns) {
+          Words& to = held<q>()[i * words + x];
+          load_16_bytes(&to, from + (i / turns < last ? i / turns : last) * step);
+          const uint32_t mask = uint32_t((i / turns - there) >> 31);
+#pragma unroll
+          for (int n = 0; n < 4; ++n) to.w[n] &= mask;
+          to = rounded(to);
+        }
+      }
   }
 
   // ---- a step's product

@@ -201,6 +201,8 @@ class Layer {
     return out;
   }
 
+  void spoil(int64_t column) { w_hh_[column] = cuda::narrow<T>(NAN); }  // of the first gate's first unit
+
   // The gradients of p.inputs(), from those of the slots.
   Arrays<double> backward() {
     const PersistentPlan how = plan(true);
@@ -364,6 +366,8 @@ void check_groups() {
   check_case<float>({{0, 3, 2, 3, 248}, Exchange::cluster, 16, 8});
   check_case<__nv_bfloat16>({{1, 2, 2, 3, 600}, Exchange::cluster, 16, 8});
   check_case<__half>({{2, 2, 2, 3, 520}, Exchange::cluster, 16, 8});
+  check_case<__nv_bfloat16>({{1, 2, 2, 3, 181}, Exchange::cluster, 2, 4});  // rows that are not aligned
+  check_case<__half>({{2, 2, 2, 3, 181}, Exchange::cluster, 2, 4});
   check_case<__nv_bfloat16>({{0, 2, 40, 3, 32}, Exchange::grid, 2, 24});
   // Slices narrower than the products.
   for (const Exchange exchange : {Exchange::cluster, Exchange::grid}) {
@@ -421,6 +425,36 @@ void check_foreign_values() {
       check_foreign_values<float>({shape, exchange, 2, 8});
       check_foreign_values<float>({shape, exchange, 2, 4, true});
       for (const int columns : {1, 4, 8}) check_foreign_values<__nv_bfloat16>({shape, exchange, 2, columns});
+    }
+}
+
+// A weight that is not a number spoils what is multiplied by it, whatever is loaded in place of weights that are not there.
+template <class T>
+void check_foreign_weights(const Case& c) {
+  const int64_t H = c.shape.H;
+  const auto only = [&](const std::vector<double>& v, int64_t ill, const char* what) {
+    bool right = true;
+    for (size_t i = 0; i < v.size(); ++i) right = right && isfinite(v[i]) == (int64_t(i) % H != ill);
+    check(right, c.name() + " " + Type<T>::name + ": NaN from a weight of unit " + std::to_string(ill) + ", " + what);
+  };
+  const Problem<double> clean(c.shape);
+  const bool before = cells[c.shape.cell].phases > 1;  // its first gates feed all units
+  for (const int64_t ill : {int64_t(0), int64_t(1), H - 1}) {
+    Problem<double> p = clean;
+    p.weights[1][((before ? cells[c.shape.cell].gates - 1 : 0) * H + ill) * H] = NAN;
+    only(Layer<T>(c, p).forward(false)[0], ill, "forward");
+    Layer<T> layer(c, clean);
+    layer.forward(true);
+    layer.spoil(ill);
+    only(layer.backward()[1], ill, "backward");
+  }
+}
+void check_foreign_weights() {
+  for (int cell = 0; cell < cell_count; ++cell)
+    for (const int64_t H : {12, 40, 72}) {
+      check_foreign_weights<float>({{cell, 1, 3, 3, H}, Exchange::cluster, 2, 1});
+      check_foreign_weights<float>({{cell, 1, 3, 3, H}, Exchange::grid, 2, 8, true});
+      check_foreign_weights<__nv_bfloat16>({{cell, 1, 3, 3, H}, Exchange::cluster, 2, 4});
     }
 }
 
@@ -493,6 +527,7 @@ int main(int, char**) {
   check_groups();
   check_projecting();
   check_foreign_values();
+  check_foreign_weights();
   check_plans();
   printf("%d passed, %d failed\n", passed.load(), failed.load());
   return failed != 0;
