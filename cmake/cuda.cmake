@@ -122,9 +122,14 @@ else()
   enable_language(CUDA)
   find_package(CUDAToolkit REQUIRED)
   set_target_properties(fusedrnn_cuda PROPERTIES POSITION_INDEPENDENT_CODE ON CUDA_ARCHITECTURES "${CMAKE_CUDA_ARCHITECTURES}")
-  # The compiler fuses nothing on the CPU, and here only what the cells' fma says.
+  # The compiler fuses nothing on the CPU, and here only what the cells' fma says. Kernels are compressed, to a sixth: the driver
+  # unpacks a file's where the first of them is launched. What packs best is read by the drivers of CUDA 13, not by all before.
+  set(compress -Xfatbin=-compress-all)
+  if(CMAKE_CUDA_COMPILER_VERSION VERSION_GREATER_EQUAL 13)
+    list(APPEND compress -compress-mode=size)
+  endif()
   target_compile_options(fusedrnn_cuda PRIVATE
-    $<$<COMPILE_LANGUAGE:CUDA>:--fmad=false --expt-relaxed-constexpr -Xcompiler=-Wall>
+    $<$<COMPILE_LANGUAGE:CUDA>:--fmad=false --expt-relaxed-constexpr -Xcompiler=-Wall ${compress}>
     $<$<COMPILE_LANGUAGE:CXX>:-Wall -Wextra>)
   target_link_libraries(fusedrnn_cuda PUBLIC CUDA::cudart_static)
 endif()
