@@ -156,18 +156,26 @@ struct Persistent {
     Words words;
     load_row<aligned>(of, row < 0 || place < 0 ? nullptr : w + (row + place), f.H - place % f.H);
     memcpy(&words, of, sizeof words);
-    return rounded(words);
-  }
-  template <int q>
-  __device__ __forceinline__ SharedAddress spilled(int word) const {  // beyond those in registers
-    const Stage& s = plan.stage[q];
-    return shared + unsigned(s.weights + ((word * s.row_warps * s.depth_warps + warp) * 32 + lane) * 16);
-  }
-  __device__ __forceinline__ Words rounded(Words words) const {
-    if (sizeof(T) == 4 && plan.tf32)
-#pragma unroll
-      for (int i = 0; i < 4; ++i) words.w[i] = round_to_tf32(words.w[i]);
     return words;
+  }
+  // Words 2 m and 2 m + 1 of a chunk, as the product takes them.
+  __device__ __forceinline__ void arrange(Words& low, Words& high) const {
+    if (sizeof(T) == 4 && !plan.tf32) return;
+    if (sizeof(T) == 4)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) low.w[i] = round_to_tf32(low.w[i]), high.w[i] = round_to_tf32(high.w[i]);
+    pair_halves(low, high);
+  }
+  // What is beyond those in registers lies by chunk, warp and word: from a word to the next, and from a chunk's first to the
+  // next chunk's.
+  static constexpr int spilled_word = 32 * 16;
+  template <int q, bool wide>
+  __device__ __forceinline__ int spilled_chunk() const {
+    return plan.stage[q].row_warps * plan.stage[q].depth_warps * 2 * tiles_of(results<q>, wide) * spilled_word;
+  }
+  template <int q, bool wide>
+  __device__ __forceinline__ SharedAddress first_spilled() const {
+    return shared + unsigned(plan.stage[q].weights + warp * 2 * tiles_of(results<q>, wide) * spilled_word + lane * 16);
   }
 
   template <int q, bool wide>
@@ -188,29 +196,36 @@ struct Persistent {
   // To shared memory, while registers are free.
   template <int q, bool wide, bool aligned>
   __device__ __forceinline__ void spill_weights(const T* w) const {
-    constexpr int words = 2 * tiles_of(results<q>, wide), chunks = held_words<q> / words, at_once = aligned ? words : 1;
+    constexpr int words = 2 * tiles_of(results<q>, wide), chunks = held_words<q> / words, at_once = aligned ? words : 2;
+    SharedAddress to = first_spilled<q, wide>();
 #pragma unroll 1
-    for (int i = chunks; i < part[q].chunks && part[q].groups > 0; ++i)
+    for (int i = chunks; i < part[q].chunks && part[q].groups > 0; ++i, to += unsigned(spilled_chunk<q, wide>()))
 #pragma unroll 1
       for (int x = 0; x < words; x += at_once) {
         Words of[at_once];
 #pragma unroll
         for (int n = 0; n < at_once; ++n) of[n] = weights<aligned>(w, weights_row<q, wide>(x + n), weights_place<q>(i));
 #pragma unroll
-        for (int n = 0; n < at_once; ++n) store_shared(spilled<q>((i - chunks) * words + x + n), of[n]);
+        for (int n = 0; n < at_once; n += 2) arrange(of[n], of[n + 1]);
+#pragma unroll
+        for (int n = 0; n < at_once; ++n) store_shared(to + unsigned((x + n) * spilled_word), of[n]);
       }
   }
-  // Words come in at the upper end and push one another down: less to compile than a place for each.
+  // Words come in at the upper end, two by two, and push one another down: less to compile than a place for each.
   template <int q, bool wide>
   __device__ __forceinline__ void hold_weights(const T* w) {
     constexpr int words = 2 * tiles_of(results<q>, wide), all = held_words<q> / words * words;
+    auto& to = held<q>();
 #pragma unroll
-    for (int n = 0; n < all; ++n) held<q>()[n] = no_words();
+    for (int n = 0; n < all; ++n) to[n] = no_words();
 #pragma unroll 1
-    for (int n = 0; n < all; ++n) {
+    for (int n = 0; n < all; n += 2) {
 #pragma unroll
-      for (int m = 0; m + 1 < all; ++m) held<q>()[m] = held<q>()[m + 1];
-      held<q>()[all - 1] = weights<false>(w, weights_row<q, wide>(n % words), weights_place<q>(n / words));
+      for (int m = 0; m + 2 < all; ++m) to[m] = to[m + 2];
+#pragma unroll
+      for (int m = 0; m < 2; ++m)
+        to[all - 2 + m] = weights<false>(w, weights_row<q, wide>(n % words + m), weights_place<q>(n / words));
+      arrange(to[all - 2], to[all - 1]);
     }
   }
   // Neither a branch for each, which would wait for each, nor a predicate, of which there are seven: what is not there is some
@@ -235,9 +250,10 @@ struct Persistent {
           const uint32_t mask = uint32_t((i / turns - there) >> 31);
 #pragma unroll
           for (int n = 0; n < 4; ++n) to.w[n] &= mask;
-          to = rounded(to);
         }
       }
+#pragma unroll
+    for (int n = 0; n < chunks * words; n += 2) arrange(held<q>()[n], held<q>()[n + 1]);
   }
 
   // ---- a step's product
@@ -275,13 +291,14 @@ struct Persistent {
         by_count<0, chunks>(p.chunks < chunks ? p.chunks : chunks, [&](auto n) { products(decltype(n)::value, n); });
       else
         products(p.chunks, std::integral_constant<int, chunks>());
+      SharedAddress from = first_spilled<q, wide>();
 #pragma unroll(sizeof(T) == 2 ? 2 : 1)
-      for (int i = chunks; i < p.chunks; ++i) {
+      for (int i = chunks; i < p.chunks; ++i, from += unsigned(spilled_chunk<q, wide>())) {
         typename P::Operand b = {};
         load(b, i);
         Words w[words];
 #pragma unroll
-        for (int x = 0; x < words; ++x) w[x] = load_shared<Words>(spilled<q>((i - chunks) * words + x));
+        for (int x = 0; x < words; ++x) w[x] = load_shared<Words>(from + unsigned(x * spilled_word));
         sum.add([&](int x) -> const Words& { return w[x]; }, b);
       }
       sum.finish(quarter);

@@ -15,6 +15,12 @@ FUSEDRNN_HD_INLINE int turned(int sequence, int v, int places) {
 // The products of `tiles` times 16 rows and 8 sequences that one warp sums, of factors of type Number. In a chunk of k,
 // lane (g, q) = (lane / 4, lane % 4) has the q-th 16 bytes of each half tile's row g of the weights and, on tensor cores,
 // of sequence g of the operand. The unit wants other places of k in a lane, but the order of a sum's terms is ours.
+//
+// Tensor cores have the words of a tile's two halves by pairs of k: what one product takes is side by side.
+__device__ __forceinline__ void pair_halves(Words& low, Words& high) {
+  const Words l = low, h = high;
+  low = {{l.w[0], h.w[0], l.w[1], h.w[1]}}, high = {{l.w[2], h.w[2], l.w[3], h.w[3]}};
+}
 template <class Number, int tiles>
 struct Product {
   static constexpr int buffers = 3;  // chunks whose operand is in registers or on its way there
@@ -25,16 +31,15 @@ struct Product {
   static __device__ __forceinline__ void load(Operand& b, SharedAddress at, int turn, int) {
     load_shared_if(turn >= 0, at + unsigned(turn), b);
   }
-  // weights(x): of half tile x
+  // weights(x): of half tile x, or of the x % 2-th pair of k of both halves
   template <class Weights>
   __device__ __forceinline__ void add(Weights weights, const Operand& b) {
 #pragma unroll
-    for (int half = 0; half < 2; ++half)
+    for (int pair = 0; pair < 2; ++pair)
 #pragma unroll
       for (int m = 0; m < tiles; ++m) {
-        const Words &low = weights(2 * m), &high = weights(2 * m + 1);
-        mma(Number(), d[m][half], low.w[2 * half], high.w[2 * half], low.w[2 * half + 1], high.w[2 * half + 1], b.w[2 * half],
-            b.w[2 * half + 1]);
+        const Words& a = weights(2 * m + pair);
+        mma(Number(), d[m][pair], a.w[0], a.w[1], a.w[2], a.w[3], b.w[2 * pair], b.w[2 * pair + 1]);
       }
   }
   __device__ __forceinline__ void finish(int) {}

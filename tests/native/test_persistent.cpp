@@ -64,7 +64,8 @@ double norm(const std::vector<double>& v) {
   return sqrt(sum);
 }
 
-// ||got - want|| within `factor` eps of what is typical; NaN never is.
+// ||got - want|| within `factor` eps of what is typical; NaN never is. Roundings add up like a random walk: what is wrong in a
+// sixth of a product's terms is beyond that, in 16 bits too.
 void close(const std::vector<double>& got, const std::vector<double>& want, double factor, double epsilon,
            const std::string& what) {
   std::vector<double> error(want.size());
@@ -320,7 +321,7 @@ void check_case(const Case& c) {
   const double epsilon = c.tf32 ? 0x1p-10 : Type<T>::epsilon, terms = fmax(4, ceil(log2(double(c.shape.H * c.shape.T))));
   const Arrays<double> want = reference_forward(p, false), got = layer.forward(true);
   for (size_t i = 0; i < want.size(); ++i)
-    close(got[i], want[i], 4 * terms, epsilon, name + ": forward output " + std::to_string(i));
+    close(got[i], want[i], terms / 8, epsilon, name + ": forward output " + std::to_string(i));
   check(same_bits(got, Layer<T>(c, p).forward(false)), name + ": training changes no bit");
   if (c.projecting == 0) check(same_bits(got, Layer<T>(c, p).forward(true, 2)), name + ": pieces of time change no bit");
   const auto tape = make_tape(p);
@@ -329,7 +330,7 @@ void check_case(const Case& c) {
   const auto inputs = p.inputs();
   check(exact.size() == grads.size(), name + ": a gradient for every input");
   for (size_t i = 0; i < exact.size() && i < grads.size(); ++i)
-    close(grads[i], exact[i], 8 * terms, epsilon, name + ": gradient of " + inputs[i].first);
+    close(grads[i], exact[i], terms / 2, epsilon, name + ": gradient of " + inputs[i].first);
   for (uint64_t seed = 1; seed <= 2; ++seed) {
     emulated::set_seed(seed * 7919);
     Layer<T> again(c, p);
@@ -368,6 +369,9 @@ void check_groups() {
   check_case<__half>({{2, 2, 2, 3, 520}, Exchange::cluster, 16, 8});
   check_case<__nv_bfloat16>({{1, 2, 2, 3, 181}, Exchange::cluster, 2, 4});  // rows that are not aligned
   check_case<__half>({{2, 2, 2, 3, 181}, Exchange::cluster, 2, 4});
+  check_case<float>({{0, 2, 2, 3, 97}, Exchange::grid, 2, 4});
+  check_case<float>({{0, 2, 2, 3, 96}, Exchange::cluster, 2, 4, true});
+  check_case<float>({{0, 2, 2, 3, 97}, Exchange::cluster, 2, 4, true});
   check_case<__nv_bfloat16>({{0, 2, 40, 3, 32}, Exchange::grid, 2, 24});
   // Slices narrower than the products.
   for (const Exchange exchange : {Exchange::cluster, Exchange::grid}) {
