@@ -32,6 +32,7 @@ __host__ __device__ __forceinline__ T narrow(Accumulate<T> x) {
 // 16 bytes at once, from a p that they are aligned at.
 __device__ __forceinline__ void load_16_bytes(void* to, const void* p) {
 #if defined(FUSEDRNN_EMULATED)
+  emulated::require_aligned(uintptr_t(p), 16);
   __builtin_memcpy(to, p, 16);
 #else
   *static_cast<uint4*>(to) = *static_cast<const uint4*>(p);

@@ -129,7 +129,7 @@ struct Persistent {
       return held1;
   }
 
-  // ---- the weights: of word x of each chunk of k a lane has 16 bytes of a row, which is a slot of a unit
+  // ---- the weights: word x of each chunk of k is 16 bytes of a row, which is a slot of a unit
 
   template <int q>
   static constexpr int operand_slots = backward ? Cell::recurrent[q].count : 1;
@@ -143,20 +143,12 @@ struct Persistent {
     if (backward) return u * operand_slots<q> * f.H;
     return (gate_of_slot<Cell>(Cell::recurrent[q].first + x / groups) * f.H + u) * f.H;
   }
-  // Where in a row those of chunk i lie, units by 16 bytes and their slots in turns; below 0 where there are none.
+  // And in a row chunk i: slot * H + unit, since an operand has 16 bytes of units of each slot in turns. Below 0: there is none.
   template <int q>
   __device__ __forceinline__ int weights_place(int i) const {
     const Stage& s = plan.stage[q];
     const int v = (warp / s.row_warps * s.warp_chunks + i) * 4 + quarter, unit = v / operand_slots<q> * vector;
     return i < part[q].chunks && unit < f.H ? v % operand_slots<q> * f.H + unit : -1;
-  }
-  template <bool aligned>
-  __device__ __forceinline__ Words weights(const T* w, int row, int place) const {
-    alignas(16) T of[vector];
-    Words words;
-    load_row<aligned>(of, row < 0 || place < 0 ? nullptr : w + (row + place), f.H - place % f.H);
-    memcpy(&words, of, sizeof words);
-    return words;
   }
   // Words 2 m and 2 m + 1 of a chunk, as the product takes them.
   __device__ __forceinline__ void arrange(Words& low, Words& high) const {
@@ -166,8 +158,7 @@ struct Persistent {
       for (int i = 0; i < 4; ++i) low.w[i] = round_to_tf32(low.w[i]), high.w[i] = round_to_tf32(high.w[i]);
     pair_halves(low, high);
   }
-  // What is beyond those in registers lies by chunk, warp and word: from a word to the next, and from a chunk's first to the
-  // next chunk's.
+  // Those that registers have no room for lie by chunk, warp, word and lane: bytes to the next word, and to the next chunk.
   static constexpr int spilled_word = 32 * 16;
   template <int q, bool wide>
   __device__ __forceinline__ int spilled_chunk() const {
@@ -186,54 +177,53 @@ struct Persistent {
     else
       w = f.w_hh;
     if (f.H % vector == 0 && uint64_t(w) % 16 == 0) {
-      spill_weights<q, wide, true>(w);
+      spill_aligned_weights<q, wide>(w);
       hold_aligned_weights<q, wide>(w);
+      copy_async_wait<0>();
+      arrange_spilled<q, wide>();
     } else {
-      spill_weights<q, wide, false>(w);
-      hold_weights<q, wide>(w);
+      load_other_weights<q, wide>(w);
     }
   }
-  // To shared memory, while registers are free.
-  template <int q, bool wide, bool aligned>
-  __device__ __forceinline__ void spill_weights(const T* w) const {
-    constexpr int words = 2 * tiles_of(results<q>, wide), chunks = held_words<q> / words, at_once = aligned ? words : 2;
-    SharedAddress to = first_spilled<q, wide>();
+  // Calls each(where, chunk, word) of the first word of each two that are spilled.
+  template <int q, bool wide, class Each>
+  __device__ __forceinline__ void for_spilled(Each each) const {
+    constexpr int words = 2 * tiles_of(results<q>, wide), chunks = held_words<q> / words;
+    SharedAddress at = first_spilled<q, wide>();
 #pragma unroll 1
-    for (int i = chunks; i < part[q].chunks && part[q].groups > 0; ++i, to += unsigned(spilled_chunk<q, wide>()))
-#pragma unroll 1
-      for (int x = 0; x < words; x += at_once) {
-        Words of[at_once];
+    for (int i = chunks; i < part[q].chunks && part[q].groups > 0; ++i, at += unsigned(spilled_chunk<q, wide>()))
 #pragma unroll
-        for (int n = 0; n < at_once; ++n) of[n] = weights<aligned>(w, weights_row<q, wide>(x + n), weights_place<q>(i));
-#pragma unroll
-        for (int n = 0; n < at_once; n += 2) arrange(of[n], of[n + 1]);
-#pragma unroll
-        for (int n = 0; n < at_once; ++n) store_shared(to + unsigned((x + n) * spilled_word), of[n]);
-      }
+      for (int x = 0; x < words; x += 2) each(at + unsigned(x * spilled_word), i, x);
   }
-  // Words come in at the upper end, two by two, and push one another down: less to compile than a place for each.
   template <int q, bool wide>
-  __device__ __forceinline__ void hold_weights(const T* w) {
-    constexpr int words = 2 * tiles_of(results<q>, wide), all = held_words<q> / words * words;
-    auto& to = held<q>();
+  __device__ __forceinline__ void spill_aligned_weights(const T* w) const {
+    for_spilled<q, wide>([&](SharedAddress at, int i, int x) {
+      const int place = weights_place<q>(i);
 #pragma unroll
-    for (int n = 0; n < all; ++n) to[n] = no_words();
-#pragma unroll 1
-    for (int n = 0; n < all; n += 2) {
-#pragma unroll
-      for (int m = 0; m + 2 < all; ++m) to[m] = to[m + 2];
-#pragma unroll
-      for (int m = 0; m < 2; ++m)
-        to[all - 2 + m] = weights<false>(w, weights_row<q, wide>(n % words + m), weights_place<q>(n / words));
-      arrange(to[all - 2], to[all - 1]);
-    }
+      for (int n = 0; n < 2; ++n) {
+        const int row = weights_row<q, wide>(x + n);
+        const bool there = row >= 0 && place >= 0;
+        copy_async_or_zeros(at + unsigned(n * spilled_word), w + (there ? row + place : 0), there);
+      }
+    });
+    copy_async_commit();
   }
-  // Neither a branch for each, which would wait for each, nor a predicate, of which there are seven: what is not there is some
-  // of what is, masked. Every turns-th chunk is of the same slot.
+  template <int q, bool wide>
+  __device__ __forceinline__ void arrange_spilled() const {
+    if (sizeof(T) == 4 && !plan.tf32) return;
+    for_spilled<q, wide>([&](SharedAddress at, int, int) {
+      Words low = load_shared<Words>(at), high = load_shared<Words>(at + spilled_word);
+      arrange(low, high);
+      store_shared(at, low), store_shared(at + spilled_word, high);
+    });
+  }
+  // All are on their way at once: a branch for each would wait for each, and there are seven predicates. What is not there is
+  // read where the last of the row is, or at w, and masked. Every turns-th chunk is of the same slot, `step` elements on.
   template <int q, bool wide>
   __device__ __forceinline__ void hold_aligned_weights(const T* w) {
     constexpr int words = 2 * tiles_of(results<q>, wide), chunks = held_words<q> / words, slots = operand_slots<q>;
     constexpr int turns = 4 % slots == 0 ? 1 : slots, step = 4 * turns / slots * vector;
+    static_assert(4 * turns % slots == 0, "whole units");
 #pragma unroll
     for (int x = 0; x < words; ++x)
 #pragma unroll
@@ -254,6 +244,37 @@ struct Persistent {
       }
 #pragma unroll
     for (int n = 0; n < chunks * words; n += 2) arrange(held<q>()[n], held<q>()[n + 1]);
+  }
+  // Element by element. Words come in at the upper end, two by two, and push one another down: less to compile than a place
+  // for each.
+  template <int q, bool wide>
+  __device__ __forceinline__ void load_other_weights(const T* w) {
+    constexpr int words = 2 * tiles_of(results<q>, wide), all = held_words<q> / words * words;
+    const auto load = [&](int i, int x, Words& low, Words& high) {
+      const int place = weights_place<q>(i);
+#pragma unroll
+      for (int n = 0; n < 2; ++n) {
+        const int row = weights_row<q, wide>(x + n);
+        T of[vector];
+        load_row<false>(of, row < 0 || place < 0 ? nullptr : w + (row + place), f.H - place % f.H);
+        memcpy(n == 0 ? &low : &high, of, sizeof low);
+      }
+      arrange(low, high);
+    };
+    for_spilled<q, wide>([&](SharedAddress at, int i, int x) {
+      Words low, high;
+      load(i, x, low, high);
+      store_shared(at, low), store_shared(at + spilled_word, high);
+    });
+    auto& to = held<q>();
+#pragma unroll
+    for (int n = 0; n < all; ++n) to[n] = no_words();
+#pragma unroll 1
+    for (int n = 0; n < all; n += 2) {
+#pragma unroll
+      for (int m = 0; m + 2 < all; ++m) to[m] = to[m + 2];
+      load(n / words, n % words, to[all - 2], to[all - 1]);
+    }
   }
 
   // ---- a step's product

@@ -12,15 +12,15 @@ FUSEDRNN_HD_INLINE int turned(int sequence, int v, int places) {
   return places >= 8 ? (sequence + 2 * v) & 7 : places == 4 ? (sequence + v) & 3 : 0;
 }
 
-// The products of `tiles` times 16 rows and 8 sequences that one warp sums, of factors of type Number. In a chunk of k,
-// lane (g, q) = (lane / 4, lane % 4) has the q-th 16 bytes of each half tile's row g of the weights and, on tensor cores,
-// of sequence g of the operand. The unit wants other places of k in a lane, but the order of a sum's terms is ours.
-//
-// Tensor cores have the words of a tile's two halves by pairs of k: what one product takes is side by side.
+// The words of a tile's two halves as tensor cores take them: what one product takes, a pair of k of each, is side by side.
 __device__ __forceinline__ void pair_halves(Words& low, Words& high) {
   const Words l = low, h = high;
   low = {{l.w[0], h.w[0], l.w[1], h.w[1]}}, high = {{l.w[2], h.w[2], l.w[3], h.w[3]}};
 }
+
+// The products of `tiles` times 16 rows and 8 sequences that one warp sums, of factors of type Number. In a chunk of k,
+// lane (g, q) = (lane / 4, lane % 4) has the q-th 16 bytes of each half tile's row g of the weights and, on tensor cores,
+// of sequence g of the operand. The unit wants other places of k in a lane, but the order of a sum's terms is ours.
 template <class Number, int tiles>
 struct Product {
   static constexpr int buffers = 3;  // chunks whose operand is in registers or on its way there

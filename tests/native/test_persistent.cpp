@@ -364,7 +364,8 @@ void check_groups() {
     check_case<__half>({{2, 3, 2, 3, int64_t(blocks) * 8 - 3}, Exchange::grid, blocks, 8});
   }
   // More chunks of k than the registers hold: the rest is in shared memory. Blocks of nothing but padding.
-  check_case<float>({{0, 3, 2, 3, 248}, Exchange::cluster, 16, 8});
+  check_case<float>({{0, 3, 2, 3, 248}, Exchange::cluster, 8, 8});
+  for (const int cell : {1, 2}) check_case<float>({{cell, 2, 2, 3, 128}, Exchange::cluster, 2, 8});
   check_case<__nv_bfloat16>({{1, 2, 2, 3, 600}, Exchange::cluster, 16, 8});
   check_case<__half>({{2, 2, 2, 3, 520}, Exchange::cluster, 16, 8});
   check_case<__nv_bfloat16>({{1, 2, 2, 3, 181}, Exchange::cluster, 2, 4});  // rows that are not aligned
@@ -451,6 +452,11 @@ void check_foreign_weights(const Case& c) {
     layer.forward(true);
     layer.spoil(ill);
     only(layer.backward()[1], ill, "backward");
+    p = clean;  // an infinite one saturates its gate, and is not read again where its row has ended
+    for (int64_t v = 0; v < H; ++v) p.weights[1][ill * H + v] = v * 4 < H * 3 ? 0 : INFINITY;
+    for (double& h : p.state[0]) h = fabs(h) + 1;
+    const auto y = Layer<T>(c, p).forward(false)[0];
+    check(std::none_of(y.begin(), y.end(), [](double v) { return isnan(v); }), c.name() + ": infinite weights saturate");
   }
 }
 void check_foreign_weights() {

@@ -61,6 +61,7 @@ inline SharedAddress shared_address(const void* p) {
 template <class V>
 inline V load_shared(SharedAddress at) {
   V v;
+  emulated::require_aligned(at, alignof(V));
   memcpy(&v, emulated::current->block->shared + at, sizeof v);
   return v;
 }
@@ -69,10 +70,12 @@ inline void load_shared_if(bool wanted, SharedAddress at, Words& w) {
 }
 template <class V>
 inline void store_shared(SharedAddress at, V v) {
+  emulated::require_aligned(at, alignof(V));
   memcpy(emulated::current->block->shared + at, &v, sizeof v);
 }
 template <int bytes>
 inline void copy_async(SharedAddress to, const void* from) {
+  emulated::require_aligned(to | uintptr_t(from), bytes);
   emulated::Thread& thread = *emulated::current;
   if (emulated::by_chance())
     memcpy(thread.block->shared + to, from, bytes);
@@ -81,6 +84,7 @@ inline void copy_async(SharedAddress to, const void* from) {
 }
 inline void copy_async_or_zeros(SharedAddress to, const void* from, bool there) {
   static const Words zeros{};
+  emulated::require_aligned(uintptr_t(from), 16);
   copy_async<16>(to, there ? from : &zeros);
 }
 inline void copy_async_commit() { ++emulated::current->commits; }
@@ -99,8 +103,14 @@ inline int pinned(int x, SharedAddress own) {
   return load_shared<int>(own);
 }
 inline float pick(bool first, float a, float b) { return first ? a : b; }
-inline Words load_given(const void* p) { return *static_cast<const Words*>(p); }
-inline void store_given(void* p, Words v) { *static_cast<Words*>(p) = v; }
+inline Words load_given(const void* p) {
+  emulated::require_aligned(uintptr_t(p), 16);
+  return *static_cast<const Words*>(p);
+}
+inline void store_given(void* p, Words v) {
+  emulated::require_aligned(uintptr_t(p), 16);
+  *static_cast<Words*>(p) = v;
+}
 inline void poll_pause() { emulated::yield(); }
 inline unsigned load_count(const unsigned* p) { return *p; }
 inline void raise_count(unsigned* p) { ++*p; }

@@ -8,6 +8,8 @@
 
 #include <stddef.h>
 #include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
 
 #include <functional>
 #include <vector>
@@ -79,6 +81,13 @@ extern Index threadIdx, blockIdx, blockDim, gridDim;  // its own
 void launch(const char* name, const Configuration& configuration, const std::function<void()>& kernel);
 void set_seed(uint64_t seed);  // 0: threads run in an order of the emulator's own
 bool by_chance();  // never where they do
+
+// Aborts with a message where a GPU would fault.
+inline void require_aligned(uintptr_t at, size_t bytes) {
+  if (at % bytes == 0) return;
+  fprintf(stderr, "emulator: an access of %zu bytes that is not aligned\n", bytes);
+  abort();
+}
 
 // Lets the others run, until `ready` says so. A launch all of whose threads wait for ever aborts with a message.
 void wait_until(bool (*ready)(const void*), const void* what);
