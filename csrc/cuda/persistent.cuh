@@ -182,7 +182,7 @@ struct Persistent {
       copy_async_wait<0>();
       arrange_spilled<q, wide>();
     } else {
-      load_other_weights<q, wide>(w);
+      load_unaligned_weights<q, wide>(w);
     }
   }
   // Calls each(where, chunk, word) of the first word of each two that are spilled.
@@ -248,7 +248,7 @@ struct Persistent {
   // Element by element. Words come in at the upper end, two by two, and push one another down: less to compile than a place
   // for each.
   template <int q, bool wide>
-  __device__ __forceinline__ void load_other_weights(const T* w) {
+  __device__ __forceinline__ void load_unaligned_weights(const T* w) {
     constexpr int words = 2 * tiles_of(results<q>, wide), all = held_words<q> / words * words;
     const auto load = [&](int i, int x, Words& low, Words& high) {
       const int place = weights_place<q>(i);
