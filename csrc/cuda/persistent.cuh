@@ -133,6 +133,10 @@ struct Persistent {
 
   template <int q>
   static constexpr int operand_slots = backward ? Cell::recurrent[q].count : 1;
+  template <int q, bool wide>
+  static constexpr int chunk_words = 2 * tiles_of(results<q>, wide);
+  template <int q, bool wide>
+  static constexpr int held_chunks = held_words<q> / chunk_words<q, wide>;
 
   // Where the row lies; below 0 where this block has no such unit.
   template <int q, bool wide>
@@ -162,11 +166,11 @@ struct Persistent {
   static constexpr int spilled_word = 32 * 16;
   template <int q, bool wide>
   __device__ __forceinline__ int spilled_chunk() const {
-    return plan.stage[q].row_warps * plan.stage[q].depth_warps * 2 * tiles_of(results<q>, wide) * spilled_word;
+    return plan.stage[q].row_warps * plan.stage[q].depth_warps * chunk_words<q, wide> * spilled_word;
   }
   template <int q, bool wide>
   __device__ __forceinline__ SharedAddress first_spilled() const {
-    return shared + unsigned(plan.stage[q].weights + warp * 2 * tiles_of(results<q>, wide) * spilled_word + lane * 16);
+    return shared + unsigned(plan.stage[q].weights + warp * chunk_words<q, wide> * spilled_word + lane * 16);
   }
 
   template <int q, bool wide>
@@ -188,12 +192,11 @@ struct Persistent {
   // Calls each(where, chunk, word) of the first word of each two that are spilled.
   template <int q, bool wide, class Each>
   __device__ __forceinline__ void for_spilled(Each each) const {
-    constexpr int words = 2 * tiles_of(results<q>, wide), chunks = held_words<q> / words;
     SharedAddress at = first_spilled<q, wide>();
 #pragma unroll 1
-    for (int i = chunks; i < part[q].chunks && part[q].groups > 0; ++i, at += unsigned(spilled_chunk<q, wide>()))
+    for (int i = held_chunks<q, wide>; i < part[q].chunks && part[q].groups > 0; ++i, at += unsigned(spilled_chunk<q, wide>()))
 #pragma unroll
-      for (int x = 0; x < words; x += 2) each(at + unsigned(x * spilled_word), i, x);
+      for (int x = 0; x < chunk_words<q, wide>; x += 2) each(at + unsigned(x * spilled_word), i, x);
   }
   template <int q, bool wide>
   __device__ __forceinline__ void spill_aligned_weights(const T* w) const {
@@ -221,7 +224,7 @@ struct Persistent {
   // read where the last of the row is, or at w, and masked. Every turns-th chunk is of the same slot, `step` elements on.
   template <int q, bool wide>
   __device__ __forceinline__ void hold_aligned_weights(const T* w) {
-    constexpr int words = 2 * tiles_of(results<q>, wide), chunks = held_words<q> / words, slots = operand_slots<q>;
+    constexpr int words = chunk_words<q, wide>, chunks = held_chunks<q, wide>, slots = operand_slots<q>;
     constexpr int turns = 4 % slots == 0 ? 1 : slots, step = 4 * turns / slots * vector;
     static_assert(4 * turns % slots == 0, "whole units");
 #pragma unroll
@@ -249,7 +252,7 @@ struct Persistent {
   // for each.
   template <int q, bool wide>
   __device__ __forceinline__ void load_unaligned_weights(const T* w) {
-    constexpr int words = 2 * tiles_of(results<q>, wide), all = held_words<q> / words * words;
+    constexpr int words = chunk_words<q, wide>, all = held_chunks<q, wide> * words;
     const auto load = [&](int i, int x, Words& low, Words& high) {
       const int place = weights_place<q>(i);
 #pragma unroll
@@ -282,9 +285,9 @@ struct Persistent {
   // Leaves the partial sums of stage q's product in the tile, which holds them until the next.
   template <int q, class Number, bool wide>
   __device__ __forceinline__ void multiply(int k) {
-    constexpr int count = results<q>, groups = groups_of(count, wide), tiles = tiles_of(count, wide), words = 2 * tiles;
-    constexpr int chunks = held_words<q> / words;
-    using P = Product<Number, tiles>;
+    constexpr int count = results<q>, groups = groups_of(count, wide);
+    constexpr int words = chunk_words<q, wide>, chunks = held_chunks<q, wide>;
+    using P = Product<Number, words / 2>;
     constexpr bool many = !simple || (backward && Hands::kind == Exchange::cluster);  // registers in use
     constexpr int buffers = many && P::buffers > 2 ? 2 : P::buffers, ahead = buffers - 1;
     const Part& p = part[q];

@@ -48,10 +48,14 @@ __global__ void half_meets() {
 __global__ void poll_together(const unsigned* count) {
   while (cuda::leading_lanes(cuda::load_count(count) > 0) < 32) cuda::poll_pause();
 }
+__global__ void load_askew() {
+  const cuda::Words words = cuda::load_shared<cuda::Words>(cuda::shared_address(cuda::shared_memory<unsigned char>()) + 4);
+  cuda::store_shared(cuda::shared_address(cuda::shared_memory<unsigned char>()), words);
+}
 
-// Threads that wait for ever end the program, with a word.
+// What a GPU would not survive ends the program, with a word.
 template <class Launch>
-void check_deadlock(const std::string& what, Launch launch) {
+void check_end(const std::string& what, const char* word, Launch launch) {
   int out[2];
   check(pipe(out) == 0, what + ": a pipe");
   const pid_t child = fork();
@@ -66,14 +70,15 @@ void check_deadlock(const std::string& what, Launch launch) {
   close(out[0]);
   int status = 0;
   waitpid(child, &status, 0);
-  check(length > 0 && std::string(text).find("emulator: deadlock") != std::string::npos && WIFSIGNALED(status),
+  check(length > 0 && std::string(text).find(word) != std::string::npos && WIFSIGNALED(status),
         what + ": ends with a word: " + text);
 }
-void check_deadlocks(uint64_t seed) {
+void check_ends(uint64_t seed) {
   emulated::set_seed(seed);
   static const unsigned never = 0;
-  check_deadlock("half_meets", [] { cuda::launch("half_meets", {2, 64}, half_meets); });
-  check_deadlock("poll_together", [] { cuda::launch("poll_together", {1, 64}, poll_together, &never); });
+  check_end("half_meets", "emulator: deadlock", [] { cuda::launch("half_meets", {2, 64}, half_meets); });
+  check_end("poll_together", "emulator: deadlock", [] { cuda::launch("poll_together", {1, 64}, poll_together, &never); });
+  check_end("load_askew", "not aligned", [] { cuda::launch("load_askew", {1, 32, 64}, load_askew); });
 }
 
 void check_graphs() {
@@ -139,7 +144,7 @@ void check_quick_activations() {
 
 int main() {
   using namespace fusedrnn::tests;
-  for (uint64_t seed : {0, 1, 2, 3}) check_threads(seed), check_deadlocks(seed);
+  for (uint64_t seed : {0, 1, 2, 3}) check_threads(seed), check_ends(seed);
   check_graphs();
   check_errors();
   check_types();
