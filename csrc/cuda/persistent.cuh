@@ -8,7 +8,7 @@
 #pragma once
 
 #include "cuda/persistent_exchange.cuh"
-#include "cuda/persistent_product.cuh"
+#include "cuda/persistent_weights.cuh"
 #include "cuda/projection.cuh"
 #include "cuda/quick_activations.cuh"
 
@@ -41,7 +41,7 @@ struct Persistent {
   static constexpr bool projects = !backward && simple && sizeof(T) == 2;
 
   template <int q>
-  static constexpr int results = backward ? 1 : Cell::recurrent[q].count;
+  static constexpr int results = StageWeights<T, Cell, backward, q, false>::results;
   // Partial sums, of which the tile has [depth_warps][tile_cells][lane].
   template <int n>
   struct alignas(4 * (n == 3 ? 4 : n)) Sums {
@@ -129,164 +129,29 @@ struct Persistent {
       return held1;
   }
 
-  // ---- the weights: word x of each chunk of k is 16 bytes of a row, which is a slot of a unit
+  // ---- a step's product
 
+  template <int q, bool wide>
+  using WeightsOf = StageWeights<T, Cell, backward, q, wide>;
+  template <int q, bool wide>
+  __device__ __forceinline__ WeightsOf<q, wide> weights() const {
+    return {plan, shared, f.H, first_unit, lane, warp, g, quarter, part[q].groups, part[q].chunks};
+  }
   template <int q>
-  static constexpr int operand_slots = backward ? Cell::recurrent[q].count : 1;
-  template <int q, bool wide>
-  static constexpr int chunk_words = 2 * tiles_of(results<q>, wide);
-  template <int q, bool wide>
-  static constexpr int held_chunks = held_words<q> / chunk_words<q, wide>;
-
-  // Where the row lies; below 0 where this block has no such unit.
-  template <int q, bool wide>
-  __device__ __forceinline__ int weights_row(int x) const {
-    constexpr int groups = groups_of(results<q>, wide);
-    const int unit = (warp % plan.stage[q].row_warps * groups + x % groups) * lane_units + g, u = first_unit + unit;
-    if (part[q].groups == 0 || unit >= plan.units || u >= f.H) return -1;
-    if (backward) return u * operand_slots<q> * f.H;
-    return (gate_of_slot<Cell>(Cell::recurrent[q].first + x / groups) * f.H + u) * f.H;
-  }
-  // And in a row chunk i: slot * H + unit, since an operand has 16 bytes of units of each slot in turns. Below 0: there is none.
-  template <int q>
-  __device__ __forceinline__ int weights_place(int i) const {
-    const Stage& s = plan.stage[q];
-    const int v = (warp / s.row_warps * s.warp_chunks + i) * 4 + quarter, unit = v / operand_slots<q> * vector;
-    return i < part[q].chunks && unit < f.H ? v % operand_slots<q> * f.H + unit : -1;
-  }
-  // Words 2 m and 2 m + 1 of a chunk, as the product takes them.
-  __device__ __forceinline__ void arrange(Words& low, Words& high) const {
-    if (sizeof(T) == 4 && !plan.tf32) return;
-    if (sizeof(T) == 4)
-#pragma unroll
-      for (int i = 0; i < 4; ++i) low.w[i] = round_to_tf32(low.w[i]), high.w[i] = round_to_tf32(high.w[i]);
-    pair_halves(low, high);
-  }
-  // Those that registers have no room for lie by chunk, warp, word and lane: bytes to the next word, and to the next chunk.
-  static constexpr int spilled_word = 32 * 16;
-  template <int q, bool wide>
-  __device__ __forceinline__ int spilled_chunk() const {
-    return plan.stage[q].row_warps * plan.stage[q].depth_warps * chunk_words<q, wide> * spilled_word;
-  }
-  template <int q, bool wide>
-  __device__ __forceinline__ SharedAddress first_spilled() const {
-    return shared + unsigned(plan.stage[q].weights + warp * chunk_words<q, wide> * spilled_word + lane * 16);
-  }
-
-  template <int q, bool wide>
   __device__ __forceinline__ void load_weights() {
     const T* w;
     if constexpr (backward)
       w = a.w_hh_t[q];
     else
       w = f.w_hh;
-    if (f.H % vector == 0 && uint64_t(w) % 16 == 0) {
-      spill_aligned_weights<q, wide>(w);
-      hold_aligned_weights<q, wide>(w);
-      copy_async_wait<0>();
-      arrange_spilled<q, wide>();
-    } else {
-      load_unaligned_weights<q, wide>(w);
-    }
+    by_width<q>([&](auto wide) { weights<q, decltype(wide)::value>().load(w, held<q>()); });
   }
-  // Calls each(where, chunk, word) of the first word of each two that are spilled.
-  template <int q, bool wide, class Each>
-  __device__ __forceinline__ void for_spilled(Each each) const {
-    SharedAddress at = first_spilled<q, wide>();
-#pragma unroll 1
-    for (int i = held_chunks<q, wide>; i < part[q].chunks && part[q].groups > 0; ++i, at += unsigned(spilled_chunk<q, wide>()))
-#pragma unroll
-      for (int x = 0; x < chunk_words<q, wide>; x += 2) each(at + unsigned(x * spilled_word), i, x);
-  }
-  template <int q, bool wide>
-  __device__ __forceinline__ void spill_aligned_weights(const T* w) const {
-    for_spilled<q, wide>([&](SharedAddress at, int i, int x) {
-      const int place = weights_place<q>(i);
-#pragma unroll
-      for (int n = 0; n < 2; ++n) {
-        const int row = weights_row<q, wide>(x + n);
-        const bool there = row >= 0 && place >= 0;
-        copy_async_or_zeros(at + unsigned(n * spilled_word), w + (there ? row + place : 0), there);
-      }
-    });
-    copy_async_commit();
-  }
-  template <int q, bool wide>
-  __device__ __forceinline__ void arrange_spilled() const {
-    if (sizeof(T) == 4 && !plan.tf32) return;
-    for_spilled<q, wide>([&](SharedAddress at, int, int) {
-      Words low = load_shared<Words>(at), high = load_shared<Words>(at + spilled_word);
-      arrange(low, high);
-      store_shared(at, low), store_shared(at + spilled_word, high);
-    });
-  }
-  // All are on their way at once: a branch for each would wait for each, and there are seven predicates. What is not there is
-  // read where the last of the row is, or at w, and masked. Every turns-th chunk is of the same slot, `step` elements on.
-  template <int q, bool wide>
-  __device__ __forceinline__ void hold_aligned_weights(const T* w) {
-    constexpr int words = chunk_words<q, wide>, chunks = held_chunks<q, wide>, slots = operand_slots<q>;
-    constexpr int turns = 4 % slots == 0 ? 1 : slots, step = 4 * turns / slots * vector;
-    static_assert(4 * turns % slots == 0, "whole units");
-#pragma unroll
-    for (int x = 0; x < words; ++x)
-#pragma unroll
-      for (int r = 0; r < turns; ++r) {
-        const int row = weights_row<q, wide>(x), place = weights_place<q>(r);
-        const bool any = row >= 0 && place >= 0;
-        const int of_warp = (part[q].chunks - r + turns - 1) / turns, of_row = (f.H - place % f.H + step - 1) / step;
-        const int there = kept(!any ? 0 : of_warp < of_row ? of_warp : of_row), last = there > 0 ? there - 1 : 0;
-        const T* const from = w + (any ? row + place : 0);
-#pragma unroll
-        for (int i = r; i < chunks; i += turns) {
-          Words& to = held<q>()[i * words + x];
-          load_16_bytes(&to, from + (i / turns < last ? i / turns : last) * step);
-          const uint32_t mask = uint32_t((i / turns - there) >> 31);
-#pragma unroll
-          for (int n = 0; n < 4; ++n) to.w[n] &= mask;
-        }
-      }
-#pragma unroll
-    for (int n = 0; n < chunks * words; n += 2) arrange(held<q>()[n], held<q>()[n + 1]);
-  }
-  // Element by element. Words come in at the upper end, two by two, and push one another down: less to compile than a place
-  // for each.
-  template <int q, bool wide>
-  __device__ __forceinline__ void load_unaligned_weights(const T* w) {
-    constexpr int words = chunk_words<q, wide>, all = held_chunks<q, wide> * words;
-    const auto load = [&](int i, int x, Words& low, Words& high) {
-      const int place = weights_place<q>(i);
-#pragma unroll
-      for (int n = 0; n < 2; ++n) {
-        const int row = weights_row<q, wide>(x + n);
-        T of[vector];
-        load_row<false>(of, row < 0 || place < 0 ? nullptr : w + (row + place), f.H - place % f.H);
-        memcpy(n == 0 ? &low : &high, of, sizeof low);
-      }
-      arrange(low, high);
-    };
-    for_spilled<q, wide>([&](SharedAddress at, int i, int x) {
-      Words low, high;
-      load(i, x, low, high);
-      store_shared(at, low), store_shared(at + spilled_word, high);
-    });
-    auto& to = held<q>();
-#pragma unroll
-    for (int n = 0; n < all; ++n) to[n] = no_words();
-#pragma unroll 1
-    for (int n = 0; n < all; n += 2) {
-#pragma unroll
-      for (int m = 0; m + 2 < all; ++m) to[m] = to[m + 2];
-      load(n / words, n % words, to[all - 2], to[all - 1]);
-    }
-  }
-
-  // ---- a step's product
 
   // Leaves the partial sums of stage q's product in the tile, which holds them until the next.
   template <int q, class Number, bool wide>
   __device__ __forceinline__ void multiply(int k) {
     constexpr int count = results<q>, groups = groups_of(count, wide);
-    constexpr int words = chunk_words<q, wide>, chunks = held_chunks<q, wide>;
+    constexpr int words = WeightsOf<q, wide>::words, chunks = held_words<q> / words;
     using P = Product<Number, words / 2>;
     constexpr bool many = !simple || (backward && Hands::kind == Exchange::cluster);  // registers in use
     constexpr int buffers = many && P::buffers > 2 ? 2 : P::buffers, ahead = buffers - 1;
@@ -315,14 +180,15 @@ struct Persistent {
         by_count<0, chunks>(p.chunks < chunks ? p.chunks : chunks, [&](auto n) { products(decltype(n)::value, n); });
       else
         products(p.chunks, std::integral_constant<int, chunks>());
-      SharedAddress from = first_spilled<q, wide>();
+      const WeightsOf<q, wide> spilled = weights<q, wide>();
+      SharedAddress from = spilled.first_spilled();
 #pragma unroll(sizeof(T) == 2 ? 2 : 1)
-      for (int i = chunks; i < p.chunks; ++i, from += unsigned(spilled_chunk<q, wide>())) {
+      for (int i = chunks; i < p.chunks; ++i, from += unsigned(spilled.spilled_chunk())) {
         typename P::Operand b = {};
         load(b, i);
         Words w[words];
 #pragma unroll
-        for (int x = 0; x < words; ++x) w[x] = load_shared<Words>(from + unsigned(x * spilled_word));
+        for (int x = 0; x < words; ++x) w[x] = load_shared<Words>(from + unsigned(x * spilled.spilled_word));
         sum.add([&](int x) -> const Words& { return w[x]; }, b);
       }
       sum.finish(quarter);
@@ -427,7 +293,7 @@ struct Persistent {
   }
   template <int q>
   __device__ __forceinline__ void start() {
-    by_width<q>([&](auto wide) { load_weights<q, decltype(wide)::value>(); });
+    load_weights<q>();
     for (int k = 0; k < (Hands::kind == Exchange::cluster ? 2 : 1); ++k) clear(exchange.operand(q, k), plan.stage[q].bytes);
     if (Hands::kind == Exchange::grid) clear(shared + unsigned(plan.staging + q * plan.staging_stage), plan.stage[q].part);
     exchange.start(q);
