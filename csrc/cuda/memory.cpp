@@ -50,8 +50,15 @@ uint64_t kept_bytes(int device) {
 OnDevice::OnDevice(int device) {
   FUSEDRNN_CUDA(cudaGetDevice(&before_));
   FUSEDRNN_CUDA(cudaSetDevice(device));
+  cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;
+  FUSEDRNN_CUDA(cudaThreadExchangeStreamCaptureMode(&mode));
+  mode_ = mode;
 }
-OnDevice::~OnDevice() { cudaSetDevice(before_); }
+OnDevice::~OnDevice() {
+  auto mode = cudaStreamCaptureMode(mode_);
+  cudaThreadExchangeStreamCaptureMode(&mode);
+  cudaSetDevice(before_);
+}
 
 void Arena::place(void** pointer, std::initializer_list<int64_t> sizes, size_t element) {
   const size_t bytes = checked_product(sizes) * element;

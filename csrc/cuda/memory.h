@@ -57,7 +57,9 @@ class Arriving {
   CUevent_st* there_ = nullptr;
 };
 
-// Makes `device` the current one of this thread while it lives.
+// Makes `device` the current one of this thread while it lives. And lets it allocate, load and ask for events while another
+// thread captures a stream, which CUDA otherwise forbids all threads (cudaStreamCaptureModeGlobal, PyTorch's usual one) and
+// which would spoil that capture: nothing of ours is a part of it.
 class OnDevice {
  public:
   explicit OnDevice(int device);
@@ -66,7 +68,7 @@ class OnDevice {
   OnDevice& operator=(const OnDevice&) = delete;
 
  private:
-  int before_ = 0;
+  int before_ = 0, mode_;  // mode_: a cudaStreamCaptureMode
 };
 
 // A forked process must not call CUDA: from set_forked() on nothing is freed.

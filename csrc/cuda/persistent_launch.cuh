@@ -14,12 +14,15 @@ bool launch_persistent(const PersistentPlan& plan, const Args& args, void* works
   const char* const name = backward ? "persistent backward" : "persistent forward";
   Launch how;
   int blocks = plan.blocks * plan.slices, shared = plan.shared_bytes;
+  how.cooperative = grid;
   if constexpr (!backward)
-    if (args.projection.blocks > 0)
+    if (args.projection.blocks > 0) {
       blocks += args.projection.blocks, shared = std::max(shared, projection_shared_bytes(Cell::input.count));
+      how.cooperative = true;  // clusters wait for blocks that are in none of theirs
+    }
   how.grid = dim3(unsigned(blocks)), how.block = dim3(persistent_threads);
   how.shared = size_t(shared), how.stream = stream;
-  how.cluster = grid ? 0 : plan.blocks, how.cooperative = grid;
+  how.cluster = grid ? 0 : plan.blocks;
   const Schedule* schedule;
   if constexpr (backward)
     schedule = &args.forward.schedule;

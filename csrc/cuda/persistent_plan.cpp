@@ -153,7 +153,7 @@ int projecting_blocks(const PersistentPlan& plan, const CellInfo& cell, int size
   const int count = cell.input.count;
   if (plan.reason || size != 2 || plan.cells > persistent_warps || projection_shared_bytes(count) > machine.shared_per_block)
     return 0;
-  if (!machine.projects[int(plan.exchange)] || I * size % 16 != 0) return 0;
+  if (!machine.projects[int(plan.exchange)] || machine.cooperative == 0 || I * size % 16 != 0) return 0;
   if (8 * batch > projection_sight * projected_rows) return 0;  // or else few steps are seen at a time
   const bool grid = plan.exchange == Exchange::grid;
   const int64_t all = grid ? machine.cooperative : int64_t(clusters_of(machine, plan.blocks)) * plan.blocks;

@@ -1,7 +1,7 @@
 // The projection of a layer's input within the recurrence's own launch: blocks that the recurrence has no use for multiply x and
 // W_ih, a tile of rows after the other in the order of steps, and the others read what is there by then. No second launch, no
-// product to wait for. They come first in the grid and wait for nobody. All blocks find room at once on a card that has
-// nothing else to do; where it has, blocks start in practice in the order of the grid, and a launch of clusters still ends.
+// product to wait for. They wait for nobody, and the launch is cooperative: the others wait for blocks that are resident.
+// They come first in the grid all the same.
 #pragma once
 
 #include "cuda/persistent.h"

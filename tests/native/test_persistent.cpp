@@ -519,6 +519,7 @@ void check_plans() {
   lacks.cooperative = 0;
   const auto plan = [&] { return persistent_plan(cells[0], 2, false, 512, 16, false, lacks); };
   check(!plan().reason && plan().exchange == Exchange::cluster && plan().blocks == 16, "clusters do without grids");
+  check(projecting_blocks(plan(), cells[0], 2, 512, 16, 512, 512, lacks, 1) == 0, "but do not wait for blocks of others");
   lacks.clusters[4] = 0;
   check(!plan().reason && plan().blocks == 8, "a cluster of 8 where 16 are refused");
   for (int& clusters : lacks.clusters) clusters = 0;

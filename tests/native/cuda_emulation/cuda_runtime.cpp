@@ -21,7 +21,7 @@ struct CUgraphExec_st {
 };
 struct CUstream_st {
   CUgraph_st* graph = nullptr;
-  bool origin = false;
+  bool origin = false, global = false;
 };
 struct CUevent_st {
   CUgraph_st* graph = nullptr;
@@ -34,6 +34,8 @@ namespace {
 std::mutex mutex;
 std::unordered_map<void*, size_t> allocations;  // of device memory
 std::set<CUstream_st*> captured;
+std::atomic<bool> captured_globally{false};
+thread_local cudaStreamCaptureMode capture_mode = cudaStreamCaptureModeGlobal;
 thread_local cudaError_t last = cudaSuccess;
 
 cudaError_t result(cudaError_t error) {
@@ -62,6 +64,11 @@ size_t used = 0;
 std::atomic<int> launches_until_fault{-1};
 std::atomic<bool> at_fault{false};
 cudaError_t status() { return at_fault ? result(cudaErrorIllegalAddress) : cudaSuccess; }
+// Of calls that no thread may make while another captures in the global mode, unless it has said that it knows.
+cudaError_t status_beside_captures() {
+  if (captured_globally && capture_mode == cudaStreamCaptureModeGlobal) return result(cudaErrorStreamCaptureUnsupported);
+  return status();
+}
 
 cudaError_t on_stream(cudaStream_t stream, std::function<void()> work) {
   if (const cudaError_t failed = status()) return failed;
@@ -207,7 +214,7 @@ cudaError_t cudaGetDeviceProperties(cudaDeviceProp* p, int device) {
   p->sharedMemPerBlockOptin = 227 << 10, p->sharedMemPerMultiprocessor = 228 << 10, p->regsPerMultiprocessor = 65536;
   return cudaSuccess;
 }
-cudaError_t cudaDeviceSynchronize() { return status(); }
+cudaError_t cudaDeviceSynchronize() { return status_beside_captures(); }
 cudaError_t cudaDriverGetVersion(int* v) { return *v = driver, cudaSuccess; }
 cudaError_t cudaRuntimeGetVersion(int* v) { return *v = 13000, cudaSuccess; }
 cudaError_t cudaMemGetInfo(size_t* free, size_t* total) {
@@ -234,7 +241,7 @@ cudaError_t cudaEventRecord(cudaEvent_t e, cudaStream_t s) {
   e->time = std::chrono::steady_clock::now();
   return cudaSuccess;
 }
-cudaError_t cudaEventQuery(cudaEvent_t) { return cudaSuccess; }
+cudaError_t cudaEventQuery(cudaEvent_t) { return status_beside_captures(); }
 cudaError_t cudaEventSynchronize(cudaEvent_t) { return status(); }
 cudaError_t cudaEventElapsedTime(float* ms, cudaEvent_t a, cudaEvent_t b) {
   return *ms = std::chrono::duration<float, std::milli>(b->time - a->time).count(), cudaSuccess;
@@ -243,10 +250,15 @@ cudaError_t cudaEventDestroy(cudaEvent_t e) { return delete e, cudaSuccess; }
 cudaError_t cudaStreamIsCapturing(cudaStream_t s, cudaStreamCaptureStatus* status) {
   return *status = s && s->graph ? cudaStreamCaptureStatusActive : cudaStreamCaptureStatusNone, cudaSuccess;
 }
-cudaError_t cudaStreamBeginCapture(cudaStream_t s, cudaStreamCaptureMode) {
+cudaError_t cudaThreadExchangeStreamCaptureMode(cudaStreamCaptureMode* mode) {
+  return std::swap(*mode, capture_mode), cudaSuccess;
+}
+cudaError_t cudaStreamBeginCapture(cudaStream_t s, cudaStreamCaptureMode mode) {
   if (!s || s->graph) return result(cudaErrorInvalidValue);  // the legacy stream cannot be captured
   s->graph = new CUgraph_st;
   s->origin = true;
+  s->global = mode == cudaStreamCaptureModeGlobal;
+  if (s->global) captured_globally = true;
   captured.insert(s);
   return cudaSuccess;
 }
@@ -254,9 +266,12 @@ cudaError_t cudaStreamEndCapture(cudaStream_t s, cudaGraph_t* graph) {
   if (!s || !s->origin) return result(cudaErrorInvalidValue);
   *graph = s->graph;
   s->origin = false;
-  for (CUstream_st* other : captured)
-    if (other->graph == *graph) other->graph = nullptr;
-  captured.clear();
+  if (s->global) captured_globally = false;
+  for (auto other = captured.begin(); other != captured.end();)
+    if ((*other)->graph == *graph)
+      (*other)->graph = nullptr, other = captured.erase(other);
+    else
+      ++other;
   return cudaSuccess;
 }
 cudaError_t cudaGraphInstantiate(cudaGraphExec_t* exec, cudaGraph_t graph, unsigned long long) {
@@ -269,7 +284,7 @@ cudaError_t cudaGraphLaunch(cudaGraphExec_t exec, cudaStream_t s) {
 cudaError_t cudaGraphDestroy(cudaGraph_t g) { return delete g, cudaSuccess; }
 cudaError_t cudaGraphExecDestroy(cudaGraphExec_t g) { return delete g, cudaSuccess; }
 
-cudaError_t cudaMalloc(void** p, size_t n) {
+cudaError_t cudaMallocAsync(void** p, size_t n, cudaStream_t) {
   const std::lock_guard<std::mutex> lock(mutex);
   if (const cudaError_t failed = status()) return failed;
   if (n == 0) return *p = nullptr, cudaSuccess;
@@ -283,7 +298,11 @@ cudaError_t cudaMalloc(void** p, size_t n) {
   allocations[*p] = n, used += n;
   return cudaSuccess;
 }
-cudaError_t cudaFree(void* p) {
+cudaError_t cudaMalloc(void** p, size_t n) {
+  const cudaError_t failed = status_beside_captures();
+  return failed ? failed : cudaMallocAsync(p, n, nullptr);
+}
+cudaError_t cudaFreeAsync(void* p, cudaStream_t) {
   if (!p) return cudaSuccess;
   const std::lock_guard<std::mutex> lock(mutex);
   const auto found = allocations.find(p);
@@ -294,11 +313,13 @@ cudaError_t cudaFree(void* p) {
   free(p);
   return cudaSuccess;
 }
-cudaError_t cudaMallocHost(void** p, size_t n) { return (*p = malloc(n)) ? cudaSuccess : result(cudaErrorMemoryAllocation); }
+cudaError_t cudaFree(void* p) { return cudaFreeAsync(p, nullptr); }
+cudaError_t cudaMallocHost(void** p, size_t n) {
+  if (const cudaError_t failed = status_beside_captures()) return failed;
+  return (*p = malloc(n)) ? cudaSuccess : result(cudaErrorMemoryAllocation);
+}
 cudaError_t cudaFreeHost(void* p) { return free(p), cudaSuccess; }
-cudaError_t cudaMallocAsync(void** p, size_t n, cudaStream_t) { return cudaMalloc(p, n); }
-cudaError_t cudaMallocFromPoolAsync(void** p, size_t n, cudaMemPool_t, cudaStream_t) { return cudaMalloc(p, n); }
-cudaError_t cudaFreeAsync(void* p, cudaStream_t) { return cudaFree(p); }
+cudaError_t cudaMallocFromPoolAsync(void** p, size_t n, cudaMemPool_t, cudaStream_t s) { return cudaMallocAsync(p, n, s); }
 cudaError_t cudaMemPoolCreate(cudaMemPool_t* pool, const cudaMemPoolProps*) {
   return *pool = new CUmemPoolHandle_st, cudaSuccess;
 }

@@ -312,13 +312,6 @@ void launch(const char* name, const Configuration& c, const std::function<void()
   body = &kernel;
   blockDim = c.block, gridDim = c.grid;
   const size_t group = c.resident ? blocks : cluster, groups = blocks / group;
-  if (seed != 0 && c.clusters) {  // they start in order, as on a card, and some are alive at once
-    for (size_t first = 0, some; first < groups; first += some) {
-      some = std::min<size_t>(groups - first, 1 + random_bits() % 3);
-      run_blocks(name, c, first * group, some * group);
-    }
-    return;
-  }
   // One at a time, in a shuffled order when threads are.
   size_t first = 0, step = 1;
   if (seed != 0 && groups > 1) {

@@ -1,9 +1,9 @@
 // CUDA threads on one CPU thread: each is a fiber that runs until it waits for others. It finds wrong indices, missing
 // barriers and deadlocks of the kernels, and checks their values; it says nothing about time.
 //
-// A launch's blocks run one after the other. Those of a cluster are alive at once, as are all of a cooperative launch, and in a
-// shuffled order those of a few clusters. Fresh device memory, shared memory included, holds NaN. With EMULATED_SEED in the
-// environment, or set_seed, any of the fibers that can go on is the next, so that what depends on their order shows.
+// A launch's blocks run one after the other. Those of a cluster are alive at once, as are all of a cooperative launch. Fresh
+// device memory, shared memory included, holds NaN. With EMULATED_SEED in the environment, or set_seed, any of the fibers that
+// can go on is the next, and any block or cluster that has not run, so that what depends on their order shows.
 #pragma once
 
 #include <stddef.h>
