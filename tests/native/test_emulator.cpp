@@ -1,4 +1,5 @@
-// The emulator that test_cuda trusts: threads meet, exchange and see each other's memory as CUDA's do.
+// The emulator that test_cuda trusts: threads meet, exchange and see each other's memory as CUDA's do. With ThreadSanitizer,
+// what they do in no order is found.
 #include <math.h>
 #include <sys/wait.h>
 #include <unistd.h>
@@ -65,13 +66,13 @@ void check_end(const std::string& what, const char* word, Launch launch) {
     _exit(0);
   }
   close(out[1]);
-  char text[256] = "";
-  const ssize_t length = read(out[0], text, sizeof text - 1);
+  std::string text;
+  char some[256];
+  for (ssize_t length; (length = read(out[0], some, sizeof some)) > 0;) text.append(some, size_t(length));
   close(out[0]);
   int status = 0;
   waitpid(child, &status, 0);
-  check(length > 0 && std::string(text).find(word) != std::string::npos && WIFSIGNALED(status),
-        what + ": ends with a word: " + text);
+  check(text.find(word) != text.npos && WIFSIGNALED(status), what + ": ends with a word: " + text);
 }
 void check_ends(uint64_t seed) {
   emulated::set_seed(seed);
@@ -80,6 +81,44 @@ void check_ends(uint64_t seed) {
   check_end("poll_together", "emulator: deadlock", [] { cuda::launch("poll_together", {1, 64}, poll_together, &never); });
   check_end("load_askew", "not aligned", [] { cuda::launch("load_askew", {1, 32, 64}, load_askew); });
 }
+
+#if defined(EMULATED_RACES)
+__global__ void neighbours(int* out, bool meet) {
+  int* shared = cuda::shared_memory<int>();
+  const int t = int(threadIdx.x), threads = int(blockDim.x);
+  shared[t] = t;
+  if (meet) cuda::sync_block();
+  out[t] = shared[(t + 1) % threads];
+}
+__global__ void blocks_of_a_grid(int* out, bool apart) { out[apart ? int(blockIdx.x) : 0] = int(blockIdx.x); }
+__global__ void hand_over(int* value, unsigned* count, int* out, bool counted) {
+  if (blockIdx.x == 0) {
+    if (threadIdx.x == 0) *value = 1;
+    cuda::sync_block();
+    if (threadIdx.x == 0) cuda::raise_count(count);
+  } else if (threadIdx.x == 0) {
+    while (counted && cuda::load_count(count) == 0) cuda::poll_pause();
+    *out = *value;
+  }
+}
+
+void check_races() {
+  int out[64], value = 0;
+  unsigned count = 0;
+  const auto hand_over_in_a_grid = [&](bool counted) {
+    cuda::Launch how{2, 32};
+    how.cooperative = true;
+    cuda::check(cuda::try_launch("hand_over", how, hand_over, &value, &count, out, counted), "hand_over");
+  };
+  cuda::launch("neighbours", {1, 64, 256}, neighbours, out, true);
+  cuda::launch("blocks_of_a_grid", {2, 1}, blocks_of_a_grid, out, true);
+  hand_over_in_a_grid(true);
+  check(out[0] == 1 && out[1] == 1, "no race is found where there is none");
+  check_end("neighbours", "data race", [&] { cuda::launch("neighbours", {1, 64, 256}, neighbours, out, false); });
+  check_end("blocks_of_a_grid", "data race", [&] { cuda::launch("blocks_of_a_grid", {2, 1}, blocks_of_a_grid, out, false); });
+  check_end("hand_over", "data race", [&] { hand_over_in_a_grid(false); });
+}
+#endif
 
 void check_graphs() {
   cudaStream_t stream;
@@ -145,6 +184,9 @@ void check_quick_activations() {
 int main() {
   using namespace fusedrnn::tests;
   for (uint64_t seed : {0, 1, 2, 3}) check_threads(seed), check_ends(seed);
+#if defined(EMULATED_RACES)
+  check_races();
+#endif
   check_graphs();
   check_errors();
   check_types();

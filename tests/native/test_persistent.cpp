@@ -306,6 +306,12 @@ class Layer {
   std::vector<T> packed_x_, w_ih_, w_hh_, state_[max_states], final_[max_states], y_, operand_, saved_, gates_;
 };
 
+#if defined(EMULATED_RACES)
+constexpr bool once = true;  // a race shows in whatever order threads run, and a case takes long
+#else
+constexpr bool once = false;
+#endif
+
 template <class T>
 void check_case(const Case& c) {
   const std::string name = c.name() + " " + Type<T>::name;
@@ -322,8 +328,9 @@ void check_case(const Case& c) {
   const Arrays<double> want = reference_forward(p, false), got = layer.forward(true);
   for (size_t i = 0; i < want.size(); ++i)
     close(got[i], want[i], terms / 8, epsilon, name + ": forward output " + std::to_string(i));
-  check(same_bits(got, Layer<T>(c, p).forward(false)), name + ": training changes no bit");
-  if (c.projecting == 0) check(same_bits(got, Layer<T>(c, p).forward(true, 2)), name + ": pieces of time change no bit");
+  if (!once) check(same_bits(got, Layer<T>(c, p).forward(false)), name + ": training changes no bit");
+  if (!once && c.projecting == 0)
+    check(same_bits(got, Layer<T>(c, p).forward(true, 2)), name + ": pieces of time change no bit");
   const auto tape = make_tape(p);
   tests::forward(p, tape.get());
   const Arrays<double> exact = tests::backward(p, *tape), grads = layer.backward();
@@ -331,7 +338,7 @@ void check_case(const Case& c) {
   check(exact.size() == grads.size(), name + ": a gradient for every input");
   for (size_t i = 0; i < exact.size() && i < grads.size(); ++i)
     close(grads[i], exact[i], terms / 2, epsilon, name + ": gradient of " + inputs[i].first);
-  for (uint64_t seed = 1; seed <= 2; ++seed) {
+  for (uint64_t seed = 1; seed <= 2 && !once; ++seed) {
     emulated::set_seed(seed * 7919);
     Layer<T> again(c, p);
     check(same_bits(again.forward(true), got) && same_bits(again.backward(), grads),
@@ -535,8 +542,9 @@ void check_plans() {
 int main(int, char**) {
   using namespace fusedrnn::tests;
   check_kernels();
-  check_groups();
   check_projecting();
+  if (once) return printf("%d passed, %d failed\n", passed.load(), failed.load()), failed != 0;
+  check_groups();
   check_foreign_values();
   check_foreign_weights();
   check_plans();

@@ -77,6 +77,8 @@ template <int bytes>
 inline void copy_async(SharedAddress to, const void* from) {
   emulated::require_aligned(to | uintptr_t(from), bytes);
   emulated::Thread& thread = *emulated::current;
+  emulated::reads(from, bytes);
+  emulated::writes(thread.block->shared + to, bytes);
   if (emulated::by_chance())
     memcpy(thread.block->shared + to, from, bytes);
   else
@@ -105,21 +107,33 @@ inline int pinned(int x, SharedAddress own) {
 inline float pick(bool first, float a, float b) { return first ? a : b; }
 inline Words load_given(const void* p) {
   emulated::require_aligned(uintptr_t(p), 16);
+  const emulated::Unwatched here;
   return *static_cast<const Words*>(p);
 }
 inline void store_given(void* p, Words v) {
   emulated::require_aligned(uintptr_t(p), 16);
+  const emulated::Unwatched here;
   *static_cast<Words*>(p) = v;
 }
 inline void poll_pause() { emulated::yield(); }
-inline unsigned load_count(const unsigned* p) { return *p; }
-inline void raise_count(unsigned* p) { ++*p; }
+inline unsigned load_count(const unsigned* p) {
+  emulated::acquire(p);
+  const emulated::Unwatched here;
+  return *p;
+}
+inline void raise_count(unsigned* p) {
+  emulated::release(p);
+  const emulated::Unwatched here;
+  ++*p;
+}
 inline int leading_lanes(bool has) {
-  return emulated::exchange(has, [](auto of_lane) {
+  const int leading = emulated::exchange(has, [](auto of_lane) {
     int n = 0;
     while (n < 32 && of_lane(n)) ++n;
     return n;
   });
+  emulated::meet(emulated::current->warp->meeting);
+  return leading;
 }
 
 inline emulated::Cluster& emulated_cluster() {
@@ -146,10 +160,18 @@ inline EmulatedBarrier& emulated_barrier(SharedAddress barrier) {
   return *reinterpret_cast<EmulatedBarrier*>(emulated::current->block->shared + barrier);
 }
 
-inline void barrier_init(SharedAddress barrier) { emulated_barrier(barrier) = {0, 1, 0}; }
+// What puts accesses in order in this phase of a barrier.
+inline const void* emulated_phase(const EmulatedBarrier& b, int parity) { return reinterpret_cast<const char*>(&b) + parity; }
+
+inline void barrier_init(SharedAddress barrier) {
+  const emulated::Unwatched here;
+  emulated_barrier(barrier) = {0, 1, 0};
+}
 inline void barrier_init_done() {}
 inline void barrier_expect(SharedAddress barrier, unsigned bytes) {
+  const emulated::Unwatched here;
   EmulatedBarrier& b = emulated_barrier(barrier);
+  emulated::release(emulated_phase(b, b.parity));
   if (b.arrivals == 0) {
     fprintf(stderr, "emulator: a barrier got a second arrival in one phase\n");
     abort();
@@ -161,19 +183,28 @@ inline void barrier_wait(SharedAddress barrier, unsigned parity) {
   struct Awaited {
     const EmulatedBarrier* barrier;
     int parity;
-  } awaited{&emulated_barrier(barrier), int(parity)};
+  };
+  const emulated::Unwatched here;
+  const Awaited awaited{&emulated_barrier(barrier), int(parity)};
   emulated::wait_until(
       [](const void* p) {
         const Awaited* a = static_cast<const Awaited*>(p);
         return a->barrier->parity != a->parity;
       },
       &awaited);
+  emulated::acquire(emulated_phase(*awaited.barrier, int(parity)));
 }
 
 inline void send(SharedAddress at, Words v, unsigned rank, SharedAddress barrier) {
   unsigned char* peer = emulated_cluster().blocks[rank]->shared;
-  memcpy(peer + at, &v, sizeof v);
+  const bool same = [&] {  // what a block sends to itself is there already, and is read meanwhile
+    const emulated::Unwatched here;
+    return peer == emulated::current->block->shared && memcmp(peer + at, &v, sizeof v) == 0;
+  }();
+  if (!same) memcpy(peer + at, &v, sizeof v);
+  const emulated::Unwatched here;
   EmulatedBarrier& b = *reinterpret_cast<EmulatedBarrier*>(peer + barrier);
+  emulated::release(emulated_phase(b, b.parity));
   b.bytes -= 16;
   emulated_turn(b);
 }

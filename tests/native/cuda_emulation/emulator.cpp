@@ -20,6 +20,12 @@
 #include <sanitizer/common_interface_defs.h>
 #endif
 
+#if defined(EMULATED_RACES)
+extern "C" __attribute__((visibility("default"))) const char* __tsan_default_options() {
+  return "history_size=0:halt_on_error=1:abort_on_error=1";  // the shortest history: there are thousands of threads
+}
+#endif
+
 namespace emulated {
 
 Thread* current = nullptr;
@@ -27,7 +33,11 @@ Index threadIdx, blockIdx, blockDim, gridDim;
 
 namespace {
 
+#if defined(EMULATED_RACES)
+constexpr size_t stack_bytes = 32 << 10;
+#else
 constexpr size_t stack_bytes = 128 << 10;
+#endif
 
 // Saves what a function must preserve, and goes on on another stack.
 #if defined(__x86_64__)
@@ -79,6 +89,27 @@ void prepare(Context& context, unsigned char* stack, void (*entry)()) {
 }
 #endif
 
+#if defined(EMULATED_RACES)
+// A fiber as ThreadSanitizer knows it. To make one takes long, and there are 8,128 at most: they are used again, by another
+// launch where that is enough, since what one of them does is in order.
+class Watched {
+ public:
+  Watched() {
+    if (idle.empty() && made == 6000) idle.swap(used);
+    if (idle.empty()) idle.push_back(__tsan_create_fiber(0)), ++made;
+    fiber = idle.back();
+    idle.pop_back();
+  }
+  ~Watched() { used.push_back(fiber); }
+  static void launch_ends() { idle.insert(idle.end(), used.begin(), used.end()), used.clear(); }
+  void* fiber;
+
+ private:
+  static inline std::vector<void*> idle, used;
+  static inline size_t made = 0;
+};
+#endif
+
 }  // namespace
 
 struct Fiber {
@@ -92,6 +123,9 @@ struct Fiber {
   const void* what = nullptr;
 #if defined(__SANITIZE_ADDRESS__)
   void* fake = nullptr;
+#endif
+#if defined(EMULATED_RACES)
+  Watched watched;
 #endif
 };
 
@@ -111,11 +145,18 @@ void* scheduler_fake = nullptr;
 const void* scheduler_stack = nullptr;
 size_t scheduler_size = 0;
 #endif
+#if defined(EMULATED_RACES)
+void* scheduler_watched = nullptr;
+#endif
+const char launch_begins = 0, launch_ends = 0;
 
 void to_scheduler() {
   Fiber* fiber = running;
 #if defined(__SANITIZE_ADDRESS__)
   __sanitizer_start_switch_fiber(fiber->done ? nullptr : &fiber->fake, scheduler_stack, scheduler_size);
+#endif
+#if defined(EMULATED_RACES)
+  __tsan_switch_to_fiber(scheduler_watched, __tsan_switch_to_fiber_no_sync);
 #endif
   go(fiber->context, scheduler);
 #if defined(__SANITIZE_ADDRESS__)
@@ -127,7 +168,9 @@ void entry() {
 #if defined(__SANITIZE_ADDRESS__)
   __sanitizer_finish_switch_fiber(nullptr, &scheduler_stack, &scheduler_size);
 #endif
+  acquire(&launch_begins);
   (*body)();
+  release(&launch_ends);
   running->done = true;
   to_scheduler();
   abort();
@@ -140,6 +183,10 @@ void resume(Fiber& fiber) {
 #if defined(__SANITIZE_ADDRESS__)
   __sanitizer_start_switch_fiber(&scheduler_fake, fiber.stack, stack_bytes);
 #endif
+#if defined(EMULATED_RACES)
+  scheduler_watched = __tsan_get_current_fiber();
+  __tsan_switch_to_fiber(fiber.watched.fiber, __tsan_switch_to_fiber_no_sync);
+#endif
   go(scheduler, fiber.context);
 #if defined(__SANITIZE_ADDRESS__)
   __sanitizer_finish_switch_fiber(scheduler_fake, nullptr, nullptr);
@@ -148,8 +195,14 @@ void resume(Fiber& fiber) {
   current = nullptr;
 }
 
+#if defined(EMULATED_RACES)
+// Fresh memory to ThreadSanitizer, which knew another thread's otherwise.
+unsigned char* take_stack() { return static_cast<unsigned char*>(malloc(stack_bytes)); }
+void keep_stack(unsigned char* stack) { free(stack); }
+#else
 // Stacks are kept: most of a launch's time would go into fresh pages.
 std::vector<unsigned char*> stacks;
+void keep_stack(unsigned char* stack) { stacks.push_back(stack); }
 unsigned char* take_stack() {
   if (!stacks.empty()) {
     unsigned char* stack = stacks.back();
@@ -163,6 +216,7 @@ unsigned char* take_stack() {
   }
   return static_cast<unsigned char*>(stack);
 }
+#endif
 
 uint64_t random_bits() {
   seed += 0x9e3779b97f4a7c15u;
@@ -229,6 +283,7 @@ void run(const char* name, std::vector<Fiber>& fibers) {
 
 // Blocks [first, first + count) of the grid, alive at once.
 void run_blocks(const char* name, const Configuration& c, size_t first, size_t count) {
+  const Unwatched here;  // memory that the blocks of a launch have in turns is not the same to them
   const size_t threads = size_t(c.block.x) * c.block.y * c.block.z, warps = (threads + 31) / 32;
   const size_t cluster_size = size_t(c.cluster.x) * c.cluster.y * c.cluster.z;
   std::vector<Block> blocks(count);
@@ -269,7 +324,7 @@ void run_blocks(const char* name, const Configuration& c, size_t first, size_t c
   }
   run(name, fibers);
   for (Block& block : blocks) free(block.shared);
-  for (Fiber& fiber : fibers) stacks.push_back(fiber.stack);
+  for (Fiber& fiber : fibers) keep_stack(fiber.stack);
 }
 
 }  // namespace
@@ -284,6 +339,7 @@ void wait_until(bool (*ready)(const void*), const void* what) {
 }
 
 void yield() {
+  const Unwatched here;
   running->polls = true;
   let_run(running);
   to_scheduler();
@@ -309,6 +365,7 @@ void launch(const char* name, const Configuration& c, const std::function<void()
   static std::mutex mutex;
   const std::lock_guard<std::mutex> lock(mutex);
   const size_t blocks = size_t(c.grid.x) * c.grid.y * c.grid.z, cluster = size_t(c.cluster.x) * c.cluster.y * c.cluster.z;
+  release(&launch_begins);
   body = &kernel;
   blockDim = c.block, gridDim = c.grid;
   const size_t group = c.resident ? blocks : cluster, groups = blocks / group;
@@ -320,6 +377,10 @@ void launch(const char* name, const Configuration& c, const std::function<void()
     while (std::gcd(step, groups) != 1);
   }
   for (size_t i = 0; i < groups; ++i) run_blocks(name, c, (first + i * step) % groups * group, group);
+  acquire(&launch_ends);
+#if defined(EMULATED_RACES)
+  Watched::launch_ends();
+#endif
 }
 
 }  // namespace emulated

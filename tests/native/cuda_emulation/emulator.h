@@ -14,6 +14,8 @@
 #include <functional>
 #include <vector>
 
+#include "races.h"
+
 namespace emulated {
 
 struct Index {
@@ -95,10 +97,18 @@ void yield();  // one turn; for loops that poll memory
 
 void arrive(Meeting& meeting);  // without waiting; see wait
 void wait(Meeting& meeting, uint64_t round);
-inline void meet(Meeting& meeting) {
+inline void meet_in_no_order(Meeting& meeting) {
+  const Unwatched here;
   const uint64_t round = meeting.round;
   arrive(meeting);
   wait(meeting, round);
+}
+// A barrier: what was done before it comes before what is done behind it.
+inline void meet(Meeting& meeting) {
+  const char* const round = reinterpret_cast<const char*>(&meeting) + meeting.round % 2;
+  release(round);
+  meet_in_no_order(meeting);
+  acquire(round);
 }
 
 // Every lane hands over a value and calls use(values of all lanes), all of which are there. One meeting is enough, since the
@@ -106,10 +116,11 @@ inline void meet(Meeting& meeting) {
 template <class V, class Use>
 inline auto exchange(const V& value, Use use) {
   static_assert(sizeof(V) <= 64, "raise Warp::value");
+  const Unwatched here;
   Warp& warp = *current->warp;
   auto& values = warp.value[warp.meeting.round % 2];
   __builtin_memcpy(values[current->lane], &value, sizeof value);
-  meet(warp.meeting);
+  meet_in_no_order(warp.meeting);
   return use([&](int lane) {
     V v;
     __builtin_memcpy(&v, values[lane], sizeof v);
