@@ -121,7 +121,8 @@ class Buffer {
     if (!data_ || !used_elsewhere_ || cuda::is_forked()) return;
     try {
       OnDevice on(device_);
-      cudaDeviceSynchronize();  // what frees the memory is ordered on one stream only
+      // What frees the memory is ordered on one stream only. It is never freed where CUDA will not wait, beside a capture.
+      if (cudaDeviceSynchronize() != cudaSuccess) cudaGetLastError(), new cuda::Arena(std::move(arena_));
     } catch (const cuda::Error&) {  // a device that has failed runs nothing any more
     }
   }

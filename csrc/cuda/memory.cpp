@@ -51,7 +51,11 @@ OnDevice::OnDevice(int device) {
   FUSEDRNN_CUDA(cudaGetDevice(&before_));
   FUSEDRNN_CUDA(cudaSetDevice(device));
   cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;
-  FUSEDRNN_CUDA(cudaThreadExchangeStreamCaptureMode(&mode));
+  const cudaError_t code = cudaThreadExchangeStreamCaptureMode(&mode);
+  if (code != cudaSuccess) {
+    cudaSetDevice(before_);
+    fail(code, "cudaThreadExchangeStreamCaptureMode");
+  }
   mode_ = mode;
 }
 OnDevice::~OnDevice() {

@@ -21,7 +21,7 @@ struct CUgraphExec_st {
 };
 struct CUstream_st {
   CUgraph_st* graph = nullptr;
-  bool origin = false, global = false;
+  bool origin = false, global = false, spoilt = false;
 };
 struct CUevent_st {
   CUgraph_st* graph = nullptr;
@@ -64,10 +64,14 @@ size_t used = 0;
 std::atomic<int> launches_until_fault{-1};
 std::atomic<bool> at_fault{false};
 cudaError_t status() { return at_fault ? result(cudaErrorIllegalAddress) : cudaSuccess; }
+// Of a call that a capture forbids, and that spoils it.
+cudaError_t forbidden() {
+  for (CUstream_st* s : captured) s->spoilt = true;
+  return result(cudaErrorStreamCaptureUnsupported);
+}
 // Of calls that no thread may make while another captures in the global mode, unless it has said that it knows.
 cudaError_t status_beside_captures() {
-  if (captured_globally && capture_mode == cudaStreamCaptureModeGlobal) return result(cudaErrorStreamCaptureUnsupported);
-  return status();
+  return captured_globally && capture_mode == cudaStreamCaptureModeGlobal ? forbidden() : status();
 }
 
 cudaError_t on_stream(cudaStream_t stream, std::function<void()> work) {
@@ -214,7 +218,7 @@ cudaError_t cudaGetDeviceProperties(cudaDeviceProp* p, int device) {
   p->sharedMemPerBlockOptin = 227 << 10, p->sharedMemPerMultiprocessor = 228 << 10, p->regsPerMultiprocessor = 65536;
   return cudaSuccess;
 }
-cudaError_t cudaDeviceSynchronize() { return status_beside_captures(); }
+cudaError_t cudaDeviceSynchronize() { return captured.empty() ? status() : forbidden(); }
 cudaError_t cudaDriverGetVersion(int* v) { return *v = driver, cudaSuccess; }
 cudaError_t cudaRuntimeGetVersion(int* v) { return *v = 13000, cudaSuccess; }
 cudaError_t cudaMemGetInfo(size_t* free, size_t* total) {
@@ -267,12 +271,17 @@ cudaError_t cudaStreamEndCapture(cudaStream_t s, cudaGraph_t* graph) {
   *graph = s->graph;
   s->origin = false;
   if (s->global) captured_globally = false;
+  const bool spoilt = s->spoilt;
+  s->spoilt = false;
   for (auto other = captured.begin(); other != captured.end();)
     if ((*other)->graph == *graph)
       (*other)->graph = nullptr, other = captured.erase(other);
     else
       ++other;
-  return cudaSuccess;
+  if (!spoilt) return cudaSuccess;
+  delete *graph;
+  *graph = nullptr;
+  return result(cudaErrorStreamCaptureInvalidated);
 }
 cudaError_t cudaGraphInstantiate(cudaGraphExec_t* exec, cudaGraph_t graph, unsigned long long) {
   return *exec = new CUgraphExec_st{graph->work}, cudaSuccess;

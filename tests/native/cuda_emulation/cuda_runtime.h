@@ -87,6 +87,7 @@ enum cudaError_t {
   cudaErrorNotPermitted = 800,
   cudaErrorNotSupported = 801,
   cudaErrorStreamCaptureUnsupported = 900,
+  cudaErrorStreamCaptureInvalidated = 901,
   cudaErrorInvalidClusterSize = 912,
   cudaErrorUnknown = 999
 };

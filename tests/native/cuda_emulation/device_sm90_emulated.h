@@ -163,14 +163,22 @@ inline EmulatedBarrier& emulated_barrier(SharedAddress barrier) {
 // What puts accesses in order in this phase of a barrier.
 inline const void* emulated_phase(const EmulatedBarrier& b, int parity) { return reinterpret_cast<const char*>(&b) + parity; }
 
+// Whoever uses a barrier, which may be many at once, comes after whoever has made it.
+inline EmulatedBarrier& emulated_use(EmulatedBarrier& b) {
+  emulated::reads(&b, sizeof b);
+  return b;
+}
+
 inline void barrier_init(SharedAddress barrier) {
+  EmulatedBarrier& b = emulated_barrier(barrier);
+  emulated::writes(&b, sizeof b);
   const emulated::Unwatched here;
-  emulated_barrier(barrier) = {0, 1, 0};
+  b = {0, 1, 0};
 }
 inline void barrier_init_done() {}
 inline void barrier_expect(SharedAddress barrier, unsigned bytes) {
+  EmulatedBarrier& b = emulated_use(emulated_barrier(barrier));
   const emulated::Unwatched here;
-  EmulatedBarrier& b = emulated_barrier(barrier);
   emulated::release(emulated_phase(b, b.parity));
   if (b.arrivals == 0) {
     fprintf(stderr, "emulator: a barrier got a second arrival in one phase\n");
@@ -184,15 +192,16 @@ inline void barrier_wait(SharedAddress barrier, unsigned parity) {
     const EmulatedBarrier* barrier;
     int parity;
   };
+  const EmulatedBarrier& b = emulated_use(emulated_barrier(barrier));
   const emulated::Unwatched here;
-  const Awaited awaited{&emulated_barrier(barrier), int(parity)};
+  const Awaited awaited{&b, int(parity)};
   emulated::wait_until(
       [](const void* p) {
         const Awaited* a = static_cast<const Awaited*>(p);
         return a->barrier->parity != a->parity;
       },
       &awaited);
-  emulated::acquire(emulated_phase(*awaited.barrier, int(parity)));
+  emulated::acquire(emulated_phase(b, int(parity)));
 }
 
 inline void send(SharedAddress at, Words v, unsigned rank, SharedAddress barrier) {
@@ -202,8 +211,8 @@ inline void send(SharedAddress at, Words v, unsigned rank, SharedAddress barrier
     return peer == emulated::current->block->shared && memcmp(peer + at, &v, sizeof v) == 0;
   }();
   if (!same) memcpy(peer + at, &v, sizeof v);
+  EmulatedBarrier& b = emulated_use(*reinterpret_cast<EmulatedBarrier*>(peer + barrier));
   const emulated::Unwatched here;
-  EmulatedBarrier& b = *reinterpret_cast<EmulatedBarrier*>(peer + barrier);
   emulated::release(emulated_phase(b, b.parity));
   b.bytes -= 16;
   emulated_turn(b);
