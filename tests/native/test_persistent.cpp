@@ -1,6 +1,6 @@
 // The persistent kernels alone, in the emulator: values against reference.h, gradients against the CPU's in double
 // (which test_core holds to finite differences), for every cell, type, exchange and size of group, sequences of unequal
-// length, tails, and threads in shuffled order, in which nothing may change a bit. Also that plans are what they say.
+// length, tails, and threads in shuffled order, in which nothing may change a bit.
 #include <math.h>
 
 #include <algorithm>
@@ -9,23 +9,16 @@
 #include "cuda/device.cuh"
 #include "cuda/persistent.h"
 #include "cuda/projection.h"
+#include "hopper.h"
 #include "order.h"
 #include "reference.h"
+#include "within.h"
 
 namespace fusedrnn::tests {
 namespace {
 
 using cuda::Exchange;
 using cuda::PersistentPlan;
-
-const cuda::Machine hopper = [] {
-  cuda::Machine machine;
-  machine.name = "emulated", machine.major = 9, machine.processors = 132, machine.shared_per_block = 227 << 10;
-  machine.shared_per_processor = 228 << 10, machine.registers = 65536, machine.max_cluster = 16;
-  machine.cooperative = 132;
-  for (int i = 0; i < 5; ++i) machine.clusters[i] = 132 >> i;
-  return machine;
-}();
 
 template <class T>
 struct Type;
@@ -58,29 +51,8 @@ struct Case {
   }
 };
 
-double norm(const std::vector<double>& v) {
-  double sum = 0;
-  for (double e : v) sum += e * e;
-  return sqrt(sum);
-}
-
-// ||got - want|| within `factor` eps of what is typical; NaN never is. Roundings add up like a random walk: what is wrong in a
-// sixth of a product's terms is beyond that, in 16 bits too.
-void close(const std::vector<double>& got, const std::vector<double>& want, double factor, double epsilon,
-           const std::string& what) {
-  std::vector<double> error(want.size());
-  size_t worst = 0;
-  for (size_t i = 0; i < want.size(); ++i) {
-    error[i] = fabs(got[i] - want[i]);
-    if (!(error[i] <= error[worst])) worst = i;
-  }
-  const double bound = factor * epsilon * fmax(norm(want), sqrt(double(want.size())));
-  char detail[160] = "";
-  if (!(norm(error) <= bound))
-    snprintf(detail, sizeof detail, ": off by %.3g, bound %.3g; worst at %d of %d: got %.9g, want %.9g", norm(error), bound,
-             int(worst), int(want.size()), got[worst], want[worst]);
-  check(got.size() == want.size() && norm(error) <= bound, what + detail);
-}
+// Roundings add up like a random walk: what is wrong in a sixth of a product's terms is beyond this, in 16 bits too.
+constexpr double of_outputs = 1.0 / 8, of_gradients = 1.0 / 2;  // times eps and the logarithm of the terms
 
 // Numbers that T can hold.
 template <class T>
@@ -323,7 +295,7 @@ void check_case(const Case& c) {
   const double epsilon = c.tf32 ? 0x1p-10 : Type<T>::epsilon, terms = fmax(4, ceil(log2(double(c.shape.H * c.shape.T))));
   const Arrays<double> want = reference_forward(p, false), got = layer.forward(true);
   for (size_t i = 0; i < want.size(); ++i)
-    close(got[i], want[i], terms / 8, epsilon, name + ": forward output " + std::to_string(i));
+    close(got[i], want[i], of_outputs * terms * epsilon, name + ": forward output " + std::to_string(i));
   if (!once) check(same_bits(got, Layer<T>(c, p).forward(false)), name + ": training changes no bit");
   if (!once && c.projecting == 0)
     check(same_bits(got, Layer<T>(c, p).forward(true, 2)), name + ": pieces of time change no bit");
@@ -333,7 +305,7 @@ void check_case(const Case& c) {
   const auto inputs = p.inputs();
   check(exact.size() == grads.size(), name + ": a gradient for every input");
   for (size_t i = 0; i < exact.size() && i < grads.size(); ++i)
-    close(grads[i], exact[i], terms / 2, epsilon, name + ": gradient of " + inputs[i].first);
+    close(grads[i], exact[i], of_gradients * terms * epsilon, name + ": gradient of " + inputs[i].first);
   for (uint64_t seed = 1; seed <= 2 && !once; ++seed) {
     emulated::set_seed(seed * 7919);
     Layer<T> again(c, p);
@@ -471,67 +443,6 @@ void check_foreign_weights() {
     }
 }
 
-// Every plan that the model may choose is one that a device has room for, and two at once leave room for each other.
-void check_plans() {
-  int found = 0, projected = 0;
-  for (int cell = 0; cell < cell_count; ++cell)
-    for (const int size : {2, 4})
-      for (const bool backward : {false, true})
-        for (const int H : {1, 24, 128, 200, 512, 768, 1024, 2048})
-          for (const int batch : {1, 7, 8, 16, 64, 100, 1000})
-            for (const int at_once : {1, 2}) {
-              const PersistentPlan p = persistent_plan(cells[cell], size, backward, H, batch, false, hopper, at_once);
-              if (p.reason) continue;
-              ++found;
-              const bool grid = p.exchange == Exchange::grid;
-              const std::string what =
-                  std::string(cells[cell].name) + " plan of H=" + std::to_string(H) + " B=" + std::to_string(batch);
-              check(p.shared_bytes <= hopper.shared_per_block, what + ": shared memory");
-              check(p.blocks * p.units >= H && p.units % 8 == 0 && p.slices * p.columns >= batch, what + ": covers all");
-              check(p.blocks <= (grid ? hopper.processors / at_once / p.slices : 16), what + ": blocks");
-              check(p.units * p.columns <= cuda::persistent_pairs * cuda::persistent_threads, what + ": pairs of a thread");
-              const int projecting = projecting_blocks(p, cells[cell], size, 512, batch, H, H, hopper, at_once);
-              const int most = grid ? hopper.cooperative : hopper.clusters[int(log2(p.blocks))] * p.blocks;
-              projected += projecting > 0;
-              check(at_once * (projecting + p.slices * p.blocks) <= most || projecting == 0,
-                    what + ": projecting blocks have room");
-              check(projecting % (grid ? 1 : p.blocks) == 0, what + ": projecting blocks are whole clusters");
-              check(projecting == 0 || (size == 2 && p.cells <= cuda::persistent_warps && H % 8 == 0),
-                    what + ": only what the kernel can project");
-              for (int q = 0; q < cells[cell].phases; ++q)
-                check(p.stage[q].row_warps * p.stage[q].depth_warps <= cuda::persistent_warps &&
-                          p.stage[q].row_warps * cuda::groups_of(p.stage[q].results, p.stage[q].wide) * cuda::lane_units >=
-                              p.units &&
-                          p.stage[q].depth_warps * p.stage[q].warp_chunks >= p.stage[q].chunks,
-                      what + ": warps");
-            }
-  check(found > 500 && projected > 100, "plans are found, and some project");
-  const PersistentPlan usual = persistent_plan(cells[0], 2, false, 512, 16, false, hopper);
-  const auto projects = [&](int64_t steps, int64_t batch, int64_t I) {
-    return projecting_blocks(usual, cells[0], 2, steps, batch, 512, I, hopper, 1);
-  };
-  check(projects(512, 16, 512) > 0, "the input is projected within the launch");
-  check(projects(512, 16, 513) == 0, "not where its rows are not aligned");
-  check(projects(1, 16, 512) == 0 && projects(512, 16, 8192) == 0, "not where the recurrence would wait for it");
-  check(projects(512, 257, 512) == 0, "not where too few steps are seen at a time");
-  const PersistentPlan full = persistent_plan(cells[0], 2, false, 1024, 1, false, hopper);
-  check(full.blocks == 128 && projecting_blocks(full, cells[0], 2, 512, 1, 1024, 64, hopper, 1) == 0,
-        "not where the first step would wait for long");
-  check(persistent_plan(cells[0], 8, false, 64, 1, false, hopper).reason != nullptr, "float64 has no plan");
-  cuda::Machine lacks = hopper;
-  lacks.cooperative = 0;
-  const auto plan = [&] { return persistent_plan(cells[0], 2, false, 512, 16, false, lacks); };
-  check(!plan().reason && plan().exchange == Exchange::cluster && plan().blocks == 16, "clusters do without grids");
-  check(projecting_blocks(plan(), cells[0], 2, 512, 16, 512, 512, lacks, 1) == 0, "but do not wait for blocks of others");
-  lacks.clusters[4] = 0;
-  check(!plan().reason && plan().blocks == 8, "a cluster of 8 where 16 are refused");
-  for (int& clusters : lacks.clusters) clusters = 0;
-  check(plan().reason && std::string(plan().reason).find("neither clusters nor") != std::string::npos,
-        "no plan where neither is launched");
-  lacks.cooperative = 132;
-  check(!plan().reason && plan().exchange == Exchange::grid, "grids do without clusters");
-}
-
 }  // namespace
 }  // namespace fusedrnn::tests
 
@@ -540,7 +451,7 @@ int main(int argc, char**) {
   once = argc > 1;
   check_kernels();
   check_projecting();
-  if (!once) check_groups(), check_foreign_values(), check_foreign_weights(), check_plans();
+  if (!once) check_groups(), check_foreign_values(), check_foreign_weights();
   printf("%d passed, %d failed\n", passed.load(), failed.load());
   return failed != 0;
 }
