@@ -316,7 +316,8 @@ void check_memory() {}
 void check_refusals() {}
 #endif
 
-// Each kernel at least once, where races are looked for: these show in whatever order threads run, and a case takes long.
+// Step by step, every cell in one type and every type in one cell, where races are looked for: these show in whatever order
+// threads run, and a case takes long.
 void check_once() {
   cuda::set_path_override(int(cuda::Path::per_step));
   for (int cell = 0; cell < cell_count; ++cell) check_type(cuda::DType::bfloat16, {cell, 2, 3, 3, 24}, cell % 2 == 1);

@@ -278,7 +278,7 @@ class Layer {
   std::vector<T> packed_x_, w_ih_, w_hh_, state_[max_states], final_[max_states], y_, operand_, saved_, gates_;
 };
 
-bool once = false;  // each kernel, where races are looked for: these show in whatever order threads run, and a case takes long
+bool once = false;  // each case, where races are looked for: these show in whatever order threads run, and it takes long
 
 template <class T>
 void check_case(const Case& c) {
