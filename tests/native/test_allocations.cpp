@@ -34,7 +34,7 @@ void check_passes(int cell, int64_t L, int D) {
     return count([&] { train(p); });
   };
   const std::string name = shape(0).name();
-  const int64_t few = 1000, many = 2000;  // fewer rows than a block of a reduction
+  const int64_t few = 200, many = 400;  // fewer rows than a block of a reduction
   const Allocations a = inference(few), b = inference(many);
   check(a.count == b.count, name + ": inference allocates as often for more steps");
   const int64_t between = L > 1 ? (many - few) * 2 * D * 16 * int64_t(sizeof(float)) : 0;
@@ -73,7 +73,7 @@ void check_stream(int cell, int threads) {
 void test_allocations() {
   set_local_threads(1);
   PlanOverride chunks;
-  chunks.chunk_steps = 64;  // fewer than there are on any machine
+  chunks.chunk_steps = 16;  // fewer than there are on any machine
   set_plan_override(chunks);
   for (int cell = 0; cell < cell_count; ++cell)
     for (int D : {1, 2})
