@@ -229,7 +229,7 @@ def _measure(args: argparse.Namespace) -> dict[str, Any]:
         ratios.rows(cells, args.shape, dtype, max(threads), args.quick, ours) if "ratios" in args.what else []
     )
     if args.quick:
-        pace = measure.Pace(slot=5e-4, least=3, most=3, seconds=0)
+        pace = measure.Pace(slot=5e-4, least=3, most=3, seconds=0, quiet=0)
     else:
         pace = measure.Pace(slot=2.5e-2, least=5, most=101, seconds=args.seconds / len([*todo, *own]))
 

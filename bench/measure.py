@@ -30,12 +30,16 @@ class BenchmarkError(Exception):
 
 @dataclass(frozen=True)
 class Pace:
-    """How long to measure: seconds per slot, least and most rounds, seconds for all rounds of a case."""
+    """How long to measure: seconds per slot, least and most rounds, seconds for all rounds of a case.
+
+    quiet: seconds that a slot waits at most until the process stands still.
+    """
 
     slot: float
     least: int
     most: int
     seconds: float
+    quiet: float = 1.0
 
 
 def spread(samples: list[float] | np.ndarray) -> dict[str, float]:
@@ -58,7 +62,7 @@ def _no_collection() -> Iterator[None]:
 QUIET = 0.012  # seconds: three ticks of a 250 Hz kernel, which counts another thread's time at ticks only
 
 
-def settle(limit: float = 1.0) -> None:
+def settle(limit: float) -> None:
     """Wait until the process stands still: workers spin after a call, some for 0.1 s, and slow the next."""
     end = time.perf_counter() + limit
     while time.perf_counter() < end:
@@ -71,10 +75,10 @@ def settle(limit: float = 1.0) -> None:
 SLOW = 0.1  # seconds: in a call this long caches and wake-ups do not matter
 
 
-def timed(candidate: Candidate, calls: int) -> float:
-    """Seconds per step, the mean over one slot of `calls` calls."""
+def timed(candidate: Candidate, calls: int, quiet: float) -> float:
+    """Seconds per step, the mean over one slot of `calls` calls; `quiet`: see Pace."""
     call, clock = candidate.call, candidate.clock
-    settle()
+    settle(quiet)
     with candidate.within(), _no_collection():
         start = time.perf_counter()
         for _ in repeat(None, 2 + calls // 10):  # the slot before, or the wait, left caches cold
@@ -88,14 +92,14 @@ def timed(candidate: Candidate, calls: int) -> float:
     return elapsed * 1e-9 / (calls * candidate.steps)
 
 
-def calibrated(candidate: Candidate, slot: float) -> tuple[int, float]:
+def calibrated(candidate: Candidate, pace: Pace) -> tuple[int, float]:
     """How many calls fill a slot, and the seconds per step seen on the way."""
     calls = 1
     while True:
-        seconds = timed(candidate, calls)
+        seconds = timed(candidate, calls, pace.quiet)
         elapsed = seconds * candidate.steps * calls
-        if elapsed >= slot / 4:
-            return max(1, round(calls * slot / elapsed)), seconds
+        if elapsed >= pace.slot / 4:
+            return max(1, round(calls * pace.slot / elapsed)), seconds
         calls *= 8
 
 
@@ -108,10 +112,10 @@ def turns(pace: Pace) -> Iterator[int]:
         yield turn
 
 
-def one_round(turn: int, entrants: list[tuple[Candidate, int]]) -> list[float]:
+def one_round(turn: int, entrants: list[tuple[Candidate, int]], pace: Pace) -> list[float]:
     """One round: seconds per step of every entrant. The order rotates from turn to turn."""
     order = [(i + turn) % len(entrants) for i in range(len(entrants))]
-    taken = {at: timed(*entrants[at]) for at in order}
+    taken = {at: timed(*entrants[at], pace.quiet) for at in order}
     return [taken[at] for at in range(len(entrants))]
 
 
@@ -123,7 +127,7 @@ def choose(candidates: list[Candidate], pace: Pace) -> tuple[Candidate, int, lis
 
     Settings take turns; those whose quartiles overlap the fastest's go on with it after the others are out.
     """
-    trials = [calibrated(candidate, pace.slot) for candidate in candidates]
+    trials = [calibrated(candidate, pace) for candidate in candidates]
     entrants = [(candidate, calls) for candidate, (calls, _) in zip(candidates, trials, strict=True)]
     samples = [[seconds] for _, seconds in trials]
     least = min(seconds for _, seconds in trials)
@@ -132,7 +136,8 @@ def choose(candidates: list[Candidate], pace: Pace) -> tuple[Candidate, int, lis
     for turn in turns(replace(pace, most=CONTEST)):
         if len(racing) == 1:
             break
-        for at, seconds in zip(racing, one_round(turn, [entrants[at] for at in racing]), strict=True):
+        taken = one_round(turn, [entrants[at] for at in racing], pace)
+        for at, seconds in zip(racing, taken, strict=True):
             samples[at].append(seconds)
         if turn + 1 >= pace.least:
             found = {at: spread(samples[at]) for at in racing}
@@ -154,9 +159,9 @@ def rounds(
     samples: list[list[float]] = [[] for _ in entrants]
     peaks: list[float] = []
     for turn in turns(pace):
-        settle()
+        settle(pace.quiet)
         peaks.append(peak())
-        for own, seconds in zip(samples, one_round(turn, entrants), strict=True):
+        for own, seconds in zip(samples, one_round(turn, entrants, pace), strict=True):
             own.append(seconds)
     return samples, peaks
 

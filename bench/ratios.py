@@ -186,7 +186,7 @@ def _ratio(
 ) -> tuple[list[float], dict[str, Any]]:
     """The time of `over` over `times` that of `under`, round by round."""
     sides = (over(), under())
-    samples, peaks = measure.rounds([(s, measure.calibrated(s, pace.slot)[0]) for s in sides], peak, pace)
+    samples, peaks = measure.rounds([(s, measure.calibrated(s, pace)[0]) for s in sides], peak, pace)
     details = [
         {"setting": side.setting, "threads": side.threads, "times": count, "seconds": measure.spread(seconds)}
         for side, count, seconds in zip(sides, (1, times), samples, strict=True)

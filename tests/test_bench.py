@@ -120,7 +120,7 @@ def test_wrong_answer_is_an_error_and_nothing_is_timed(monkeypatch, capsys):
             yield replace(candidate, outputs=partial(doubled, candidate.outputs()))
 
     monkeypatch.setattr(peer, "candidates", wrong)
-    monkeypatch.setattr(measure, "timed", lambda candidate, calls: pytest.fail(f"timed {candidate.setting}"))
+    monkeypatch.setattr(measure, "timed", lambda candidate, *_: pytest.fail(f"timed {candidate.setting}"))
     for peers in ("reference", "none"):
         argv = parse("--quick", "--cell", "lstm", "--what", "forward", "--shape", "3,4,5,6", "--peers", peers)
         assert bench.run(argv) == 1

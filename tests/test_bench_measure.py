@@ -149,13 +149,13 @@ def made_up(monkeypatch, times: dict[str, list[float]]) -> list[str]:
     """Lets slots take the seconds listed, the last for ever; returns the settings in the order timed."""
     log: list[str] = []
 
-    def timed(candidate, calls):
+    def timed(candidate, calls, quiet):
         own = times[candidate.setting]
         log.append(candidate.setting)
         return own[min(log.count(candidate.setting), len(own)) - 1]
 
     monkeypatch.setattr(measure, "timed", timed)
-    monkeypatch.setattr(measure, "settle", lambda: None)
+    monkeypatch.setattr(measure, "settle", lambda limit: None)
     return log
 
 
@@ -193,7 +193,7 @@ def test_each_part_of_training_has_its_own_clock(monkeypatch):
     monkeypatch.setattr(Ours, "layer", staticmethod(lambda case: Layer()))
     for part, cost in (("forward", 5), ("backward", 11)):
         timed = ratios._part(Ours(), sequence("lstm", "train"), 1, part)
-        assert measure.timed(timed, 3) == pytest.approx(cost * 1e-9)
+        assert measure.timed(timed, 3, 0) == pytest.approx(cost * 1e-9)
     assert log == ["forward", "backward"] * (len(log) // 2)
 
 
@@ -246,7 +246,7 @@ PACE = measure.Pace(slot=1.0, least=5, most=101, seconds=60.0)
 
 def chosen(monkeypatch, times: dict[str, list[float]], pace: measure.Pace = PACE):
     log = made_up(monkeypatch, times)
-    monkeypatch.setattr(measure, "calibrated", lambda candidate, slot: (7, times[candidate.setting][0]))
+    monkeypatch.setattr(measure, "calibrated", lambda candidate, pace: (7, times[candidate.setting][0]))
     choice, calls, tried = measure.choose([candidate(name) for name in times], pace)
     assert calls == 7
     assert [entry["setting"] for entry in tried] == list(times)
@@ -284,8 +284,36 @@ def test_slow_settings_far_apart_are_not_repeated(monkeypatch):
 
 def test_slot_is_warmed_up(monkeypatch):
     calls = []
-    measure.timed(candidate("a", lambda: calls.append(1)), 1)
+    measure.timed(candidate("a", lambda: calls.append(1)), 1, 0)
     assert len(calls) == 2 + 1
     monkeypatch.setattr(measure, "SLOW", 0.0)
-    measure.timed(candidate("a", lambda: calls.append(1)), 1)
+    measure.timed(candidate("a", lambda: calls.append(1)), 1, 0)
     assert len(calls) == 3 + 1 + 1
+
+
+class Clock:
+    """A process whose threads spin for a while."""
+
+    now = 0.0
+
+    def __init__(self, spins: float) -> None:
+        self.spins = spins
+
+    def perf_counter(self) -> float:
+        return self.now
+
+    def process_time(self) -> float:
+        return min(self.now, self.spins)
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+
+
+@pytest.mark.parametrize(
+    ("spins", "limit", "waits"), [(0.3, 1.0, 0.3), (9.0, 1.0, 1.0), (9.0, 0.0, 0.0), (0.0, 1.0, 0.0)]
+)
+def test_slot_waits_until_no_thread_spins(monkeypatch, spins, limit, waits):
+    clock = Clock(spins)
+    monkeypatch.setattr(measure, "time", clock)
+    measure.settle(limit)
+    assert waits <= clock.now <= waits + 2 * measure.QUIET
