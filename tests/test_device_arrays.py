@@ -1,5 +1,6 @@
 """Arrays on a GPU, ours and other libraries': taken without a copy, and given back in the caller's kind."""
 
+import contextlib
 import gc
 import pickle
 import sys
@@ -20,7 +21,7 @@ from devices import EMULATED, eps, exact, host, needs_gpu, numpy_dtype, on_devic
 from gpu_cases import B, H, I, T, every_cell, every_gpu_dtype, gpu_case, results
 
 import fusedrnn as fr
-from fusedrnn import _cuda_module, _device_interop
+from fusedrnn import _cuda_module, _device_array, _device_interop
 
 
 @needs_gpu
@@ -48,20 +49,61 @@ def test_arrays_go_there_and_come_back(dtype):
 
 
 @needs_gpu
+@pytest.mark.parametrize(
+    ("to", "source"),
+    [
+        (np.s_[...], lambda a: a[::-1]),
+        (np.s_[1:], lambda a: a[:-1]),
+        (np.s_[:-1], lambda a: a[1:]),
+        (np.s_[...], lambda a: a.swapaxes(0, 1)),
+    ],
+)
+def test_an_array_may_be_assigned_from_itself(to, source):
+    a = np.arange(16, dtype=np.float32).reshape(4, 4)
+    on_gpu = fr.device_array(a)
+    on_gpu[to] = source(on_gpu)
+    a[to] = source(a.copy())
+    assert_same_bits({"a": on_gpu.numpy()}, {"a": a})
+
+
+@needs_gpu
+def test_bfloat16_is_rounded_once():
+    ml_dtypes = pytest.importorskip("ml_dtypes")
+    bits = np.random.default_rng(0).integers(0x100, 0x7F00, 1000)  # normal numbers, clear of the largest
+    half = sum((bits + i).astype(np.uint16).view(ml_dtypes.bfloat16).astype(np.float64) for i in (0, 1)) / 2
+    half[::2] *= -1
+    for scale in (1 - 2.0**-45, 1 + 2.0**-45):  # float32 cannot tell these from the half
+        clear = half * (1 + (scale - 1) * 2.0**25)
+        got, want = (fr.device_array(a, dtype="bfloat16").numpy(np.float64) for a in (half * scale, clear))
+        assert_same_bits({"a": got}, {"a": want})
+    alone = fr.device_array(np.array(1.5), dtype="bfloat16")
+    assert alone.shape == () and alone.numpy(np.float32).shape == () and alone.numpy(np.float32) == 1.5
+    ends = fr.device_array(np.array([3.4e38, -3.4e38, np.inf, np.nan, 0.0]), dtype="bfloat16")
+    np.testing.assert_array_equal(ends.numpy(np.float32), [np.inf, -np.inf, np.inf, np.nan, 0.0])
+
+
+@needs_gpu
 def test_what_a_device_array_refuses():
     a = fr.device_array(np.zeros((2, 3), np.float32))
     with pytest.raises(TypeError, match=r"is on cuda:0; copy it to the host with \.numpy\(\)"):
         np.asarray(a)
-    with pytest.raises(TypeError, match="an index must be an integer, a slice, None or"):
-        a[[0, 1]]
+    for key in ([0, 1], True, (0, False)):
+        with pytest.raises(TypeError, match="an index must be an integer, a slice, None or"):
+            a[key]
     with pytest.raises(ValueError, match="only C-contiguous arrays reshape"):
         a.swapaxes(0, 1).reshape(6)
     with pytest.raises(ValueError, match=r"value must have shape \(3,\), got \(2,\)"):
         a[0] = np.zeros(2, np.float32)
     with pytest.raises(TypeError, match="value must have dtype float32, got float64"):
         a[0] = np.zeros(3)
-    with pytest.raises(TypeError, match="dtype must be float32, float64, float16 or bfloat16, got int64"):
+    with pytest.raises(TypeError, match="array must have dtype float32, .*float16 or bfloat16, got int64"):
         fr.device_array(np.zeros(3, np.int64))
+    with pytest.raises(TypeError, match="array must have dtype .*, got complex128"):
+        fr.device_array(np.zeros(3, complex), dtype=np.float32)
+    with pytest.raises(TypeError, match="dtype must be float32, float64, float16 or bfloat16, got int64"):
+        fr.device_array(np.zeros(3), dtype=np.int64)
+    with pytest.raises(TypeError, match="array must be a plain numpy.ndarray, got its subclass MaskedArray"):
+        fr.device_array(np.ma.masked_array(np.zeros(3), True))
     with pytest.raises(TypeError, match="array must be a numpy.ndarray or a DeviceArray, got list"):
         fr.device_array([1.0])
     with pytest.raises(TypeError, match="cannot be iterated over"):
@@ -95,6 +137,62 @@ class _Lender:
 
     def __dlpack_device__(self):
         return self.array.__dlpack_device__()
+
+
+class _Torchs:
+    """An array of PyTorch's, as that lends it: from its current device only, for a stream's plain number."""
+
+    __module__ = "torch.fake"
+    device = "cuda:1"
+    current: list[str] = []
+
+    def __dlpack__(self, *, stream=None, max_version=None):
+        if type(stream) is not int:
+            raise TypeError("stream must be int or none")
+        if self.current != [self.device]:
+            raise BufferError("on a different device")
+        return stream
+
+
+def test_pytorch_is_asked_on_the_arrays_device_and_with_a_plain_number(monkeypatch):
+    @contextlib.contextmanager
+    def device(which):
+        _Torchs.current.append(which)
+        yield
+        _Torchs.current.remove(which)
+
+    torch = types.ModuleType("torch")
+    torch.cuda = types.SimpleNamespace(device=device)
+    monkeypatch.setitem(sys.modules, "torch", torch)
+    monkeypatch.setattr(_device_interop, "emulated", lambda: False)
+    for stream, given in ((5, 5), (0, 1)):
+        handle = _device_array.StreamHandle(stream, None)
+        assert _device_interop._capsule("lstm", "x", _Torchs(), handle) == given
+    assert not _Torchs.current
+
+
+class _Pinned(_Lender):
+    """An array in the host's memory that is locked for a GPU."""
+
+    def __dlpack__(self, **_):
+        return self.array.__dlpack__()
+
+    def __dlpack_device__(self):
+        return 3, 0
+
+
+@needs_gpu
+def test_pinned_memory_is_the_hosts():
+    call = draw(gpu_case(state="zeros", given="y"))
+    lengths = np.array([T, 1, T - 1][:B] + [T] * (B - 3))
+    want = call.layer(call.x, lengths=lengths)[0]
+    assert_same_bits({"y": call.layer(call.x, lengths=_Pinned(lengths, {}))[0]}, {"y": want})
+    state = {name: _Pinned(a.numpy(), {}) for name, a in call.layer.params.items()}
+    other = fr.LSTM(I, H, device="cuda", seed=9)
+    other.load_state_dict(state)
+    assert_same_bits({"flat": other.flat_params.numpy()}, {"flat": call.layer.flat_params.numpy()})
+    with pytest.raises(ValueError, match="x must be on cuda:0, .* got an array on cpu"):
+        call.layer(_Pinned(call.x, {}))
 
 
 class _Interface:
@@ -240,7 +338,8 @@ def test_a_call_runs_on_the_stream_that_its_array_is_ready_on(monkeypatch):
     call = draw(gpu_case(state="zeros"))
     x = _Interface(on_device(call.x), stream=7)
     cuda, seen = _cuda_module.module(), []
-    monkeypatch.setattr(cuda, "wait", lambda *_: None)
+    for name in ("wait", "expect_no_capture"):
+        monkeypatch.setattr(cuda, name, lambda *_: None)
     monkeypatch.setattr(cuda, "synchronize", lambda _, stream: seen.append(("waited for", stream)))
     monkeypatch.setattr(cuda, "forward", lambda spec, index, stream, *_: seen.append(("ran on", stream)))
     y, _ = call.layer(x)
@@ -285,6 +384,40 @@ class _CupysStream:
 
 class _Cupys(_Lender):
     __module__ = "cupy.fake"
+
+
+@needs_gpu
+@pytest.mark.parametrize(("handle", "stream"), [(0, 0), (1, 0), (2, 0), (77, 77)])
+def test_cupys_default_streams_are_one(monkeypatch, handle, stream):
+    current = types.SimpleNamespace(ptr=handle)
+    cupy = types.ModuleType("cupy")
+    cupy.cuda = types.SimpleNamespace(get_current_stream=lambda index: current)
+    monkeypatch.setitem(sys.modules, "cupy", cupy)
+    found = _device_interop.library(_Cupys(fr.device_array(np.zeros(2)), {}), 0)
+    assert found.stream == stream and found.stream.keeps is current and not found.waits
+
+
+@needs_gpu
+def test_a_streams_state_is_copied_after_what_made_it_and_before_it_may_change(monkeypatch):
+    call = draw(gpu_case())
+    stream = call.layer.freeze().stream(B)
+    h = fr.device_array(np.arange(H * B, dtype=np.float32).reshape(1, H, B)).swapaxes(1, 2)  # not contiguous
+    waits, other, cuda = [], 7, _cuda_module.module()
+    monkeypatch.setattr(cuda, "wait", lambda _, waiter, before: waits.append((waiter, before)))
+    monkeypatch.setattr(h._memory, "stream", other)
+    stream.state = (h, None)
+    assert waits == [(0, other), (other, 0)]
+    np.testing.assert_array_equal(stream.state[0].numpy(), np.arange(H * B).reshape(1, H, B).swapaxes(1, 2))
+
+
+@needs_gpu
+def test_a_streams_state_belongs_to_who_steps_it():
+    stream = draw(gpu_case()).layer.freeze().stream(B)
+    with stream._kernel._alone():  # as while a step runs
+        for use in (stream.reset, lambda: stream.state, lambda: stream.step(np.zeros((B, I), np.float32))):
+            with pytest.raises(RuntimeError, match="another thread is using this stream"):
+                use()
+    stream.reset()
 
 
 @needs_gpu

@@ -86,7 +86,7 @@ std::string description() {
   std::string text =
       "CUDA " + version_text(runtime) + " for " FUSEDRNN_CUDA_ARCHITECTURES "; driver for " + version_text(driver);
   for (int i = 0; i < devices; ++i) {
-    const cuda::Machine m = cuda::machine_of(i);
+    const cuda::Machine m = cuda::named_machine(i);
     text += "; cuda:" + std::to_string(i) + " " + m.name + " (sm_" + std::to_string(10 * m.major + m.minor) + ", " +
             (m.is_capable() ? std::to_string(m.processors) + " processors)" : "too old)");
   }
@@ -119,6 +119,8 @@ class Buffer {
   }
   ~Buffer() {
     if (!data_ || !used_elsewhere_ || cuda::is_forked()) return;
+    std::optional<GilRelease> release;  // the GPU may wait for a function of Python's
+    if (PyGILState_Check()) release.emplace();
     try {
       OnDevice on(device_);
       // What frees the memory is ordered on one stream only. It is never freed where CUDA will not wait, beside a capture.
@@ -171,6 +173,12 @@ void order_streams(int device, uintptr_t waiter, uintptr_t before) {
   if (code == cudaSuccess) code = cudaStreamWaitEvent(stream_of(waiter), event, 0);
   cudaEventDestroy(event);
   cuda::check(code, "the order of two streams");
+}
+
+void expect_no_capture(int device, uintptr_t stream) {
+  expect_not_forked();
+  OnDevice on(device);  // the legacy stream is the current device's
+  cuda::expect_no_capture(stream_of(stream));
 }
 
 void synchronize(int device, uintptr_t stream) {
@@ -343,7 +351,6 @@ std::unique_ptr<PyTape> forward(const PySpec& s, int device, const StreamObject&
   std::shared_ptr<cuda::Tape> tape;
   {
     GilRelease release;
-    OnDevice on(device);
     tape = cuda::run_forward(call, training);
   }
   if (!training) return nullptr;
@@ -368,7 +375,6 @@ void backward(const PySpec& s, int device, uintptr_t stream, const py::tuple& pa
   call.dweights = weights(s, dparams);
   call.adds = accumulate;
   GilRelease release;
-  OnDevice on(device);
   cuda::run_backward(call);
 }
 
@@ -401,6 +407,7 @@ PYBIND11_MODULE(_cuda, m, pybind11::mod_gil_not_used()) {
   m.attr("ARCHITECTURES") = FUSEDRNN_CUDA_ARCHITECTURES;
   m.def("device_count", &device_count);
   m.def("expect_not_forked", &expect_not_forked);
+  m.def("expect_no_capture", &expect_no_capture, py::arg("device"), py::arg("stream"));
   m.def("require_capable", &require_capable, py::arg("device"));
   m.def("current_device", [] {
     expect_not_forked();

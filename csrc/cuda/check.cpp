@@ -34,6 +34,15 @@ std::string origin() {
   return text;
 }
 
+void expect_no_capture(cudaStream_t stream) {
+  cudaStreamCaptureStatus status;
+  FUSEDRNN_CUDA(cudaStreamIsCapturing(stream, &status));
+  if (status != cudaStreamCaptureStatusNone)
+    throw Error(
+        "CUDA: the stream is being captured, but layers allocate memory that outlives a graph and launch graphs of their own: "
+        "call them outside of the capture");
+}
+
 bool is_refusal(cudaError_t code) {
   switch (code) {
     case cudaErrorInvalidConfiguration:
@@ -51,8 +60,8 @@ bool is_refusal(cudaError_t code) {
 void fail(cudaError_t code, const char* call) {
   cudaGetLastError();  // what is not sticky must not fail the next call too
   const std::string text = std::string("CUDA: ") + cudaGetErrorName(code) + " (" + cudaGetErrorString(code) + ") from " + call;
-  if (code == cudaErrorMemoryAllocation) throw OutOfMemory(code, text);
-  throw Error(code, text + origin());
+  if (code == cudaErrorMemoryAllocation) throw OutOfMemory(text);
+  throw Error(text + origin());
 }
 
 }  // namespace fusedrnn::cuda

@@ -14,8 +14,7 @@ namespace fusedrnn::cuda {
 // that was launched last, and the last two passes that were begun.
 class Error : public std::runtime_error {
  public:
-  Error(cudaError_t code, const std::string& text) : std::runtime_error(text), code(code) {}
-  const cudaError_t code;
+  using std::runtime_error::runtime_error;
 };
 
 class OutOfMemory : public Error {
@@ -43,6 +42,9 @@ struct Pass {
 void note_pass(const Pass& pass);
 void note_launch(const char* kernel);
 std::string origin();  // what of these to add to a text, "; .."; empty before the first launch
+
+// Nothing of ours may become a part of a capture.
+void expect_no_capture(cudaStream_t stream);
 
 // Whether it says that the driver turns down a launch as such. Then nothing was done, and another way may be tried.
 bool is_refusal(cudaError_t code);

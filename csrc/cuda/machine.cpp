@@ -9,30 +9,23 @@
 namespace fusedrnn::cuda {
 namespace {
 
+int get(cudaDeviceAttr what, int device) {
+  int value = 0;
+  FUSEDRNN_CUDA(cudaDeviceGetAttribute(&value, what, device));
+  return value;
+}
+
 Machine ask(int device) {
-  const auto get = [&](cudaDeviceAttr what) {
-    int value = 0;
-    FUSEDRNN_CUDA(cudaDeviceGetAttribute(&value, what, device));
-    return value;
-  };
-  Machine m;
-  cudaDeviceProp properties;
-  FUSEDRNN_CUDA(cudaGetDeviceProperties(&properties, device));
-  m.name = properties.name;
-  m.major = get(cudaDevAttrComputeCapabilityMajor), m.minor = get(cudaDevAttrComputeCapabilityMinor);
+  Machine m = named_machine(device);
   if (!m.is_capable()) return m;
-  m.processors = get(cudaDevAttrMultiProcessorCount);
-  m.shared_per_block = get(cudaDevAttrMaxSharedMemoryPerBlockOptin);
-  m.shared_per_processor = get(cudaDevAttrMaxSharedMemoryPerMultiprocessor);
-  m.registers = get(cudaDevAttrMaxRegistersPerMultiprocessor);
-  m.l2_bytes = get(cudaDevAttrL2CacheSize);
-  const int most = m.major >= 9 && get(cudaDevAttrClusterLaunch) ? 16 : 0;
+  m.shared_per_block = get(cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  const int most = m.major >= 9 && get(cudaDevAttrClusterLaunch, device) ? 16 : 0;
   const OnDevice here(device);  // of which what follows is asked
   for (int i = 1; 1 << i <= most; ++i) {
     m.clusters[i] = resident_clusters(1 << i, m.processors, int(m.shared_per_block));
     if (m.clusters[i] > 0) m.max_cluster = 1 << i;
   }
-  if (get(cudaDevAttrCooperativeLaunch)) m.cooperative = resident_blocks(m.processors, int(m.shared_per_block));
+  if (get(cudaDevAttrCooperativeLaunch, device)) m.cooperative = resident_blocks(m.processors, int(m.shared_per_block));
   return m;
 }
 
@@ -45,6 +38,16 @@ Machine& known(int device) {  // under the mutex
 }
 
 }  // namespace
+
+Machine named_machine(int device) {
+  Machine m;
+  cudaDeviceProp properties;
+  FUSEDRNN_CUDA(cudaGetDeviceProperties(&properties, device));
+  m.name = properties.name;
+  m.major = get(cudaDevAttrComputeCapabilityMajor, device), m.minor = get(cudaDevAttrComputeCapabilityMinor, device);
+  m.processors = get(cudaDevAttrMultiProcessorCount, device);
+  return m;
+}
 
 Machine machine_of(int device) {
   const std::lock_guard<std::mutex> lock(mutex);

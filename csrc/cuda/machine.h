@@ -10,13 +10,10 @@ namespace fusedrnn::cuda {
 
 struct Machine {
   std::string name;
-  int major = 0, minor = 0;          // compute capability; of one that is not capable nothing else is known
+  int major = 0, minor = 0;      // compute capability; of one that is not capable nothing else is known
   bool is_capable() const { return major >= 8; }
-  int processors = 0;                // streaming multiprocessors
-  int64_t shared_per_block = 0;      // bytes, the most that a block may ask for
-  int64_t shared_per_processor = 0;  // bytes
-  int64_t registers = 0;             // of 32 bits, per processor
-  int64_t l2_bytes = 0;
+  int processors = 0;            // streaming multiprocessors
+  int64_t shared_per_block = 0;  // bytes, the most that a block may ask for
   int max_cluster = 1;   // blocks
   int clusters[5] = {};  // [i > 0]: of 2^i blocks, a processor each, how many are resident at once
   int cooperative = 0;   // blocks of a cooperative launch, a processor each; 0: there is no such launch
@@ -28,6 +25,7 @@ int resident_clusters(int blocks, int processors, int shared_bytes);
 int resident_blocks(int processors, int shared_bytes);
 
 Machine machine_of(int device);  // asked once; throws Error where it is missing
+Machine named_machine(int device);  // its name, capability and processors alone, for which no context is made there
 
 // From now on the device has no clusters of so many blocks, or for 0 no cooperative launches.
 void set_refused(int device, int cluster);

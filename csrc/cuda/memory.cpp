@@ -79,8 +79,8 @@ void Arena::allocate(int device, CUstream_st* stream) {
     size_t free = 0, all = 0;
     cudaGetLastError();
     cudaMemGetInfo(&free, &all);
-    throw OutOfMemory(code, "CUDA: out of memory on device " + std::to_string(device) + ": " + std::to_string(total_) +
-                                " bytes were asked for, " + std::to_string(free) + " of " + std::to_string(all) + " are free");
+    throw OutOfMemory("CUDA: out of memory on device " + std::to_string(device) + ": " + std::to_string(total_) +
+                      " bytes were asked for, " + std::to_string(free) + " of " + std::to_string(all) + " are free");
   }
   check(code, "cudaMallocFromPoolAsync");
   data_ = data;

@@ -211,7 +211,7 @@ struct TapeUse {
 
 void run_backward(const StackBackward& call) {
   const OnDevice here(call.device);
-  require_no_capture(call.stream);
+  expect_no_capture(call.stream);
   const Tape& tape = *call.tape;
   note_pass({"backward", call.spec.info().name, name_of(call.dtype), call.device, tape.T_, int64_t(tape.order.from.size()),
              call.spec.H, call.spec.L});

@@ -203,7 +203,7 @@ class ForwardPass {
 
 std::shared_ptr<Tape> run_forward(const StackForward& call, bool training) {
   const OnDevice here(call.device);
-  require_no_capture(call.stream);
+  expect_no_capture(call.stream);
   note_pass({"forward", call.spec.info().name, name_of(call.dtype), call.device, call.T_, call.B, call.spec.H, call.spec.L});
   std::shared_ptr<Tape> tape;
   if (training) tape = std::make_shared<Tape>(call);

@@ -18,15 +18,6 @@
 
 namespace fusedrnn::cuda {
 
-inline void require_no_capture(Stream stream) {
-  cudaStreamCaptureStatus status;
-  FUSEDRNN_CUDA(cudaStreamIsCapturing(stream, &status));
-  if (status != cudaStreamCaptureStatusNone)
-    throw Error(cudaErrorStreamCaptureUnsupported,
-                "CUDA: the stream is being captured, but layers allocate memory that outlives a graph and launch "
-                "graphs of their own: call them outside of the capture");
-}
-
 // With FUSEDRNN_TRACE=1, every layer's plan is printed.
 inline bool traces() {
   static const bool on = [] {
@@ -143,7 +134,7 @@ struct Work {
     return {int(steps), int(B), backward_in_time, order.active, order.length, order.offset, order.from, packed};
   }
   bool is_packed(const Sequence& a, int64_t columns) const {
-    return packed && a.column == 1 && a.row == columns && a.step == B * columns;
+    return packed && a.column == 1 && (B == 1 || a.row == columns) && (T_ == 1 || a.step == B * columns);
   }
   template <class U>
   static Strided<U> strided(const Sequence& a) {

@@ -193,7 +193,8 @@ void run_steps(int cell, const BackwardArgs<T>& args, bool tf32, int device, cud
     return p;
   };
   const int steps = args.forward.schedule.steps;
-  players<BackwardArgs<T>>().play({device, &k, grid.x, grid.y}, stream, make, args, steps - 1, steps + 1);
+  const int before = args.dstate[0] || args.dstate[1];  // step -1 gives the initial state's gradients
+  players<BackwardArgs<T>>().play({device, &k, grid.x, grid.y}, stream, make, args, steps - 1, steps + before);
 }
 
 #define FUSEDRNN_INSTANTIATE(T)                                                 \

@@ -12,22 +12,19 @@ namespace fusedrnn::cuda {
 class Tape {
  public:
   Tape(const StackForward& call)
-      : spec(call.spec), dtype(call.dtype), device(call.device), stream(call.stream), T_(call.T_), B(call.B),
-        order(call.T_, call.B, call.lengths), saved(spec.count()), operand(spec.count()), y(spec.L), dropout(call.dropout),
-        seed(call.seed) {}
-  Spec spec;
-  DType dtype;
-  int device;
+      : stream(call.stream), T_(call.T_), order(call.T_, call.B, call.lengths), dropout(call.dropout), seed(call.seed),
+        saved(call.spec.count()), operand(call.spec.count()), y(call.spec.L) {}
   Stream stream;
-  int64_t T_, B;
+  int64_t T_;
   Order order;
-  int *active, *length, *from;  // on the device, like all below
+  double dropout;
+  uint64_t seed;
+  // On the device, in `arena`:
+  int *active, *length, *from;
   int64_t* offset;
   std::vector<void*> saved, operand;  // per layer and direction: (N, H, saved), (N, H)
   std::vector<void*> y;               // per layer (N, D*H)
   void* h0 = nullptr;                 // (L*D, B, H), or null for zeros
-  double dropout;
-  uint64_t seed;
   unsigned long long* sums = nullptr;  // checksums of x and of the weights
   Arena arena;
   cudaEvent_t ready = nullptr;  // recorded when forward was done

@@ -10,7 +10,7 @@ from numpy import ndarray
 
 from . import _check, _dtypes
 from ._cuda_module import module, parsed
-from ._device_array import CODES, DL_CPU, DeviceArray, Memory, current_stream, running
+from ._device_array import CODES, DL_CPU, DL_PINNED, DeviceArray, Memory, current_stream, running
 from ._device_interop import library, place, taken
 from ._dtypes import bfloat16
 from ._typing import Array
@@ -77,13 +77,13 @@ class Device:
         if value.flags.c_contiguous:
             return value
         made = self.empty(value.shape, value.dtype)
-        module().copy(self.index, current_stream(), value._shadow, made._shadow)
+        made._assign(value)
         return made
 
     def lengths(self, where: str, value: Any, steps: int, shape: tuple[int, ...]) -> Array:
         """The host must know them: what is launched follows from them."""
         if not isinstance(value, ndarray) and hasattr(type(value), "__dlpack_device__"):
-            if value.__dlpack_device__()[0] != DL_CPU:
+            if value.__dlpack_device__()[0] not in (DL_CPU, DL_PINNED):
                 raise ValueError(f"{where}: lengths must be on the cpu, got an array on {place(value)}")
             value = np.from_dlpack(value)
         return _check.lengths(where, value, steps, shape)
@@ -104,6 +104,10 @@ class Device:
             source = checked._source
             _check.out(where, source, source.dtype, shape, ((n, _host_source(a)) for n, a in inputs))
         return checked
+
+    @staticmethod
+    def holds_rows(a: DeviceArray) -> bool:
+        return _check.holds_rows(a._shadow)
 
     def overlap(self, a: DeviceArray, b: DeviceArray) -> bool:
         if a._source is not None and b._source is not None:
@@ -252,7 +256,10 @@ def device_array(array: Any, device: Any = "cuda", dtype: Any = None) -> DeviceA
         raise TypeError(
             f"{where}: array must be a numpy.ndarray or a DeviceArray, got {type(array).__name__}"
         )
-    wanted = _dtypes.named(array.dtype if dtype is None else dtype)
-    if wanted not in _dtypes.DEVICE:
-        raise TypeError(f"{where}: dtype must be float32, float64, float16 or bfloat16, got {wanted}")
+    own = _dtypes.named(array.dtype)
+    wanted = own if dtype is None else _dtypes.named(dtype)
+    for what, which in (("array must have dtype", own), ("dtype must be", wanted)):
+        if which not in _dtypes.DEVICE:
+            raise TypeError(f"{where}: {what} float32, float64, float16 or bfloat16, got {which}")
+    array = _check.array(where, "array", array, own)
     return Device(int(name.partition(":")[2])).upload(_dtypes.narrowed(array, wanted), wanted)

@@ -16,7 +16,7 @@ from ._typing import Array
 if TYPE_CHECKING:
     from ._device import Device
 
-DL_CPU, DL_CUDA, DL_MANAGED = 1, 2, 13
+DL_CPU, DL_CUDA, DL_PINNED, DL_MANAGED = 1, 2, 3, 13
 CODES = {  # of DLPack: (type code, bits)
     (2, 16): np.dtype(np.float16),
     (2, 32): np.dtype(np.float32),
@@ -150,7 +150,8 @@ class DeviceArray:
         """A view; integers, slices, None and ... are what a key may hold."""
         keys = key if isinstance(key, tuple) else (key,)
         for part in keys:
-            if not (part is None or part is Ellipsis or isinstance(part, (slice, int, np.integer))):
+            mask = isinstance(part, bool)  # as numpy takes it, and copies
+            if mask or not (part is None or part is Ellipsis or isinstance(part, (slice, int, np.integer))):
                 raise TypeError(
                     f"DeviceArray: an index must be an integer, a slice, None or ..., got {part!r}; "
                     "use an array library through from_dlpack"
@@ -165,6 +166,8 @@ class DeviceArray:
     def _assign(self, value: DeviceArray) -> None:
         if not self.flags.writeable:
             raise ValueError("DeviceArray: destination is read-only")
+        if np.may_share_memory(value._shadow, self._shadow):  # a copy's order is nobody's to know
+            value = value.copy()
         memory = self._memory
         value._memory.order(memory.stream)
         module().copy(memory.index, memory.stream, value._shadow, self._shadow)

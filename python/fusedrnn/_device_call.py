@@ -28,6 +28,7 @@ class Call:
         self.on, self.where = on, where
 
     def __enter__(self) -> Call:
+        module().expect_no_capture(self.on.index, self.stream)  # before it is made to wait for anything
         self._outer = current_stream(), getattr(running, "lenders", None)
         running.stream, running.lenders = self.stream, set()
         return self

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -12,7 +13,7 @@ from numpy import ndarray
 
 from . import _dtypes
 from ._cuda_module import emulated, module
-from ._device_array import CODES, DL_CPU, DL_CUDA, DL_MANAGED, DeviceArray, Memory, StreamHandle
+from ._device_array import CODES, DL_CPU, DL_CUDA, DL_MANAGED, DL_PINNED, DeviceArray, Memory, StreamHandle
 from ._dtypes import bfloat16
 
 
@@ -28,6 +29,8 @@ def place(value: Any) -> str | None:
             return f"cuda:{index}"
         if kind == DL_CPU:
             return "cuda:0" if emulated() else "cpu"
+        if kind == DL_PINNED:  # the host's, locked
+            return "cpu"
         return f"a device of DLPack's type {int(kind)}"
     interface = getattr(value, "__cuda_array_interface__", None)
     if interface is None:
@@ -87,17 +90,29 @@ def _expect_aligned(where: str, name: str, pointer: int, strides: Any, dtype: An
 def _stream_of(interface: dict[str, Any]) -> int | None:
     """The stream that a __cuda_array_interface__ says its array is ready on; None where it says nothing."""
     stream = interface.get("stream")
-    # 1 is the legacy default stream there; 2 is each thread's own, which that one waits for.
-    return 0 if stream in (1, 2) else stream
+    return None if stream is None else _of_one_stream(stream)
+
+
+def _of_one_stream(handle: int) -> int:
+    """1 is the legacy default stream, as 0 is; 2 stands for each thread's own, which that one waits for."""
+    return 0 if handle in (1, 2) else handle
+
+
+def _exporting(value: Any) -> AbstractContextManager[Any]:
+    """PyTorch lends only what lies on its current device."""
+    name, owner = _owner(value)
+    return owner.cuda.device(value.device) if name == "torch" and not emulated() else nullcontext()
 
 
 def _capsule(where: str, name: str, value: Any, stream: int) -> Any:
-    options: dict[str, Any] = {} if emulated() else {"stream": stream or 1}
+    # int: PyTorch refuses classes derived from it.
+    options: dict[str, Any] = {} if emulated() else {"stream": int(stream) or 1}
     try:
-        try:
-            return value.__dlpack__(max_version=(1, 0), **options)
-        except TypeError:  # made before DLPack 1.0
-            return value.__dlpack__(**options)
+        with _exporting(value):
+            try:
+                return value.__dlpack__(max_version=(1, 0), **options)
+            except TypeError:  # made before DLPack 1.0
+                return value.__dlpack__(**options)
     except (BufferError, RuntimeError, TypeError) as error:
         if isinstance(error, RuntimeError) and "CUDA" in str(error):  # it has failed, and says why
             raise
@@ -128,7 +143,7 @@ def library(value: Any, index: int) -> Library:
             stream = StreamHandle(current.cuda_stream, current)
     elif name == "cupy":
         current = owner.cuda.get_current_stream(index)
-        stream = StreamHandle(current.ptr, current)
+        stream = StreamHandle(_of_one_stream(current.ptr), current)
     elif handle := _stream_of(getattr(value, "__cuda_array_interface__", None) or {}):
         stream = StreamHandle(handle, value)
     if hasattr(value, "__array_namespace__"):

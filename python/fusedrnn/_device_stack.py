@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from . import _check
@@ -122,15 +123,20 @@ class DeviceStream:
         self._state: Any = None  # a tuple of arrays on the GPU; None for zeros
         self._busy = threading.Lock()
 
-    def step(self, x: Any, out: Any = None) -> Any:
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
         if not self._busy.acquire(blocking=False):
             raise RuntimeError(
                 "stream.step: another thread is using this stream; give each thread a stream of its own"
             )
         try:
-            return self._step(x, out)
+            yield
         finally:
             self._busy.release()
+
+    def step(self, x: Any, out: Any = None) -> Any:
+        with self._alone():
+            return self._step(x, out)
 
     def _step(self, x: Any, out: Any) -> Any:
         stack, where, B = self._stack, "stream.step", self.batch_size
@@ -162,17 +168,17 @@ class DeviceStream:
             return out
 
     def set_state(self, state: Any) -> None:
-        with Call(self._stack.on, self._stack.where, "state", None):
+        with self._alone(), Call(self._stack.on, self._stack.where, "state", None):
             self._state = None if state is None else tuple(
                 [self._zeros() if s is None else s.copy() for s in state]
             )
 
     @property
     def state(self) -> tuple[DeviceArray, ...]:
-        stack = self._stack
-        if self._state is None:
-            return tuple([self._zeros() for _ in range(stack.states)])
-        return tuple([s.copy() for s in self._state])
+        with self._alone():
+            if self._state is None:
+                return tuple([self._zeros() for _ in range(self._stack.states)])
+            return tuple([s.copy() for s in self._state])
 
     def _zeros(self) -> Any:
         import numpy as np

@@ -57,17 +57,19 @@ def narrowed(values: Array, dtype: Any) -> Array:
         return values.astype(dtype, copy=False)
     if values.dtype.name == bfloat16.name:
         return values.view(np.uint16)
-    wide = np.ascontiguousarray(values, np.float32).view(np.uint32)
-    rounded = ((wide + (0x7FFF + ((wide >> 16) & 1))) >> 16).astype(np.uint16)
-    rounded[np.isnan(values)] = 0x7FC0  # rounding could carry a NaN's payload away
-    return rounded
+    wide = np.asarray(values, np.float32, order="C").view(np.uint32)
+    if values.dtype == np.float64:  # to odd on the way, so that what is rounded twice is rounded right
+        inexact, toward = wide.view(np.float32) != values, np.abs(wide.view(np.float32)) > np.abs(values)
+        wide = np.where(inexact & np.isfinite(values), (wide - toward) | 1, wide).astype(np.uint32)
+    rounded = (wide + (0x7FFF + ((wide >> 16) & 1))) >> 16
+    return np.where(np.isnan(values), 0x7FC0, rounded).astype(np.uint16)  # a NaN's payload could carry over
 
 
 def widened(values: Array, dtype: Any) -> Array:
     """`bits(dtype)` as numbers: of bfloat16, float32."""
     if dtype is not bfloat16:
         return values
-    return (values.astype(np.uint32) << 16).view(np.float32)
+    return np.asarray(values.astype(np.uint32) << 16).view(np.float32)
 
 
 def numpy_bfloat16(where: str) -> np.dtype[Any]:
