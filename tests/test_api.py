@@ -379,6 +379,13 @@ def test_clip_grad_norm_takes_grads_and_several_arrays_as_one(normal):
     np.testing.assert_array_equal(grads.params["bias_hh_l0"], grads.flat[-4 * H :])
 
 
+def test_clip_grad_norm_takes_no_masks():
+    masked = np.ma.masked_array(np.ones(3), [True, False, False])
+    with pytest.raises(TypeError, match="grads must be a plain numpy.ndarray, got its subclass MaskedArray"):
+        fr.clip_grad_norm(masked, 1.0)
+    np.testing.assert_array_equal(masked.data, np.ones(3))
+
+
 def test_clip_grad_norm_uses_float64():
     huge = np.full(1000, 1e30, np.float32)
     assert fr.clip_grad_norm(huge, 1.0) == pytest.approx(np.sqrt(1000) * float(np.float32(1e30)), rel=1e-12)

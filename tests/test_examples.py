@@ -20,7 +20,7 @@ def run(name: str, *options: str, cwd: Path) -> str:
 
 
 def test_every_example_is_tested():
-    tested = {"forecast.py", "gradient_flow.py", "many_to_many.py", "many_to_one.py"}
+    tested = {"forecast.py", "gradient_flow.py", "many_to_many.py", "many_to_one.py", "torch_autograd.py"}
     assert {path.name for path in EXAMPLES.glob("*.py")} == tested
 
 
@@ -65,3 +65,14 @@ def test_forecast(tmp_path):
     assert by_name["same as this year"] == 30.4
     assert by_name["autoregression of order 2"] == 19.0
     assert by_name["order 2 and 2 GRUs"] < by_name["autoregression of order 2"]
+
+
+def test_torch_autograd(tmp_path):
+    pytest.importorskip("torch")
+    out = run("torch_autograd.py", cwd=tmp_path)
+    apart = re.search(r"gradients of 13,643 parameters differ by (\S+) of their norm", out)
+    assert float(apart[1]) < 1e-5
+    losses = [(float(a), float(b)) for a, b in re.findall(r"loss (\S+) torch.nn.LSTM, (\S+) fusedrnn", out)]
+    assert len(losses) == 5
+    assert all(a == pytest.approx(b, rel=0.02) for a, b in losses)
+    assert losses[-1][1] < losses[0][1] / 2

@@ -4,6 +4,7 @@ import copy
 import gc
 import pickle
 import threading
+import warnings
 import weakref
 
 import numpy as np
@@ -12,6 +13,7 @@ from bound import as_tuple
 from devices import every_device, host, put, shares_memory, sized
 
 import fusedrnn as fr
+from fusedrnn import _stack
 
 T, B, I, H = 5, 3, 4, 6
 
@@ -66,6 +68,32 @@ def test_a_retained_tape_gives_the_same_again(run):
     assert_equal(first.flat, second.flat)
     assert_equal(first.x, second.x)
     assert not shares_memory(first.flat, second.flat)
+
+
+def test_a_retaining_backward_survives_one_that_uses_the_tape_up_meanwhile(run, monkeypatch):
+    layer, _, tape, dy = run
+    want = layer.backward(tape, dy, retain=True)
+    wanted, calls = _stack._wanted, []
+
+    def meanwhile(*args):
+        calls.append(args)
+        if len(calls) == 1:
+            layer.backward(tape, dy)
+        return wanted(*args)
+
+    monkeypatch.setattr(_stack, "_wanted", meanwhile)
+    assert_equal(layer.backward(tape, dy, retain=True).flat, want.flat)
+    assert repr(tape) == "Tape(used)"
+
+
+def test_the_callers_array_may_change_its_shape(normal):
+    layer, x, dy = fr.GRU(I, H, seed=0), normal(T, B, I), normal(T, B, H)
+    want = layer.backward(layer.forward(x)[-1], dy)
+    *_, tape = layer.forward(x)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of numpy, which would rather not
+        x.shape = (T * B, I)
+    assert_equal(layer.backward(tape, dy).x, want.x)
 
 
 def test_another_layers_tape(run, device):
@@ -197,6 +225,23 @@ def test_a_missing_gradient_is_zeros(run, device):
     with_zeros = layer.backward(tape, no_dy, (last, zeros) if pair else last)
     assert_equal(state_only.flat, with_zeros.flat)
     assert_equal(state_only.x, with_zeros.x)
+
+
+@every_device
+@pytest.mark.parametrize("through", [lambda g: g, lambda g: pickle.loads(pickle.dumps(g))])
+def test_accumulate_into_takes_numpys_gradients_however_they_lie(device, through, normal, close):
+    layer = fr.LSTM(I, H, batch_first=True, seed=0, device=device)
+    dy = normal(B, T, H)
+    tapes = [layer.forward(normal(B, T, I))[-1] for _ in range(2)]
+    first, second = (layer.backward(tape, dy, retain=True).x.copy() for tape in tapes)
+    total = through(layer.backward(tapes[0], dy))
+    assert layer.backward(tapes[1], dy, accumulate_into=total) is total
+    close(total.x, first.astype(np.float64) + second, T * B * H, np.sqrt(T * B), backward=True)
+    tape = layer.forward(normal(B, T, I))[-1]
+    for x in (np.repeat(total.x, 2, axis=-1)[..., ::2], np.broadcast_to(total.x[:1], total.x.shape)):
+        total.x = put(device, x)
+        with pytest.raises(ValueError, match="accumulate_into's gradient of x must be"):
+            layer.backward(tape, put(device, dy), wrt="x", accumulate_into=total)
 
 
 @pytest.mark.parametrize("batch_first", [False, True])

@@ -116,14 +116,9 @@ def out(
 ) -> Array:
     """An array that a kernel can write without changing what it reads."""
     checked = shaped(where, "out", value, dtype, shape)
-    flags = checked.flags
-    if not flags.writeable:
+    if not checked.flags.writeable:
         raise ValueError(f"{where}: out must be writeable, got a read-only array")
-    if (
-        not flags.aligned
-        or (shape[-1] > 1 and checked.strides[-1] != checked.itemsize)
-        or _overlaps_itself(checked)
-    ):
+    if not holds_rows(checked):
         raise ValueError(
             f"{where}: out must be aligned, contiguous along its last axis and without overlapping rows, "
             f"got strides {checked.strides}"
@@ -132,6 +127,12 @@ def out(
         if other is not None and overlap(checked, other):
             raise ValueError(f"{where}: out must not overlap {name}, got an array that shares memory with it")
     return checked
+
+
+def holds_rows(a: Array) -> bool:
+    """Whether a kernel can write there: aligned, each row in one piece, and none over another."""
+    rows = a.shape[-1] <= 1 or a.strides[-1] == a.itemsize
+    return rows and a.flags.aligned and not _overlaps_itself(a)
 
 
 def overlap(a: Array, b: Array) -> bool:
@@ -155,9 +156,12 @@ def _overlaps_itself(a: Array) -> bool:
 
 def integer(where: str, name: str, value: Any, low: int, high: int | None = None) -> int:
     """`value` as an int in [low, high]; numpy's integers are welcome, bool is not."""
-    if isinstance(value, (bool, np.bool_)) or not hasattr(value, "__index__"):
-        raise TypeError(f"{where}: {name} must be an integer, got {value!r}")
-    n = operator.index(value)
+    try:
+        if isinstance(value, (bool, np.bool_)):
+            raise TypeError
+        n = operator.index(value)
+    except TypeError:  # also numpy's, of arrays, which names nothing
+        raise TypeError(f"{where}: {name} must be an integer, got {value!r}") from None
     if n < low:
         raise ValueError(f"{where}: {name} must be at least {low}, got {n}")
     if high is not None and n > high:
@@ -181,10 +185,9 @@ def probability(where: str, name: str, value: Any) -> float:
     """`value` as a float in [0, 1): dropping everything leaves nothing to scale up."""
     if isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, float, np.integer, np.floating)):
         raise TypeError(f"{where}: {name} must be a number, got {value!r}")
-    p = float(value)
-    if not 0.0 <= p < 1.0:
-        raise ValueError(f"{where}: {name} must be in [0, 1), got {p}")
-    return p
+    if not 0.0 <= value < 1.0:
+        raise ValueError(f"{where}: {name} must be in [0, 1), got {value}")
+    return float(value)
 
 
 def float_dtype(where: str, value: Any, device: str = "cpu") -> np.dtype[Any]:

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from . import _check
 from ._device_interop import place
 from ._tape import Grads
 from ._typing import Array, HostArray
@@ -59,6 +60,8 @@ def _writable(value: Any) -> Array:
         )
     if not isinstance(array, np.ndarray):
         raise TypeError(f"clip_grad_norm: grads must be Grads or arrays, got {type(array).__name__}")
+    if type(array) is not np.ndarray:
+        array = _check._plain("clip_grad_norm", "grads", array)
     if array.dtype not in (np.float32, np.float64):
         raise TypeError(
             f"clip_grad_norm: grads must have dtype float32 or float64, got {array.dtype}; "
@@ -66,7 +69,7 @@ def _writable(value: Any) -> Array:
         )
     if not array.flags.writeable:
         raise ValueError("clip_grad_norm: grads must be writeable, got a read-only array")
-    return array
+    return array  # type: ignore[no-any-return]
 
 
 def _squares(array: Array) -> float:

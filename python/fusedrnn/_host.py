@@ -8,14 +8,14 @@ from typing import Any
 import numpy as np
 
 from . import _core
-from ._check import array, float_array, lengths, out, overlap, ready, shaped
+from ._check import array, float_array, holds_rows, lengths, out, overlap, ready, shaped
 from ._core import Spec, backward, forward, pack
 from ._device_array import DeviceArray
 from ._typing import Array
 
 __all__ = [
-    "Spec", "array", "backward", "empty", "float_array", "forward", "from_dict", "lengths", "name", "out",
-    "overlap", "own", "pack", "read_only", "ready", "shaped",
+    "Spec", "array", "backward", "empty", "float_array", "forward", "from_dict", "holds_rows", "lengths",
+    "name", "out", "overlap", "own", "pack", "read_only", "ready", "shaped",
 ]  # fmt: skip
 
 name = "cpu"

@@ -169,8 +169,8 @@ class Layer(Configured, Generic[State]):
         ------
         RuntimeError
             If the tape is used up, or if x or the parameters are no longer what they were in the forward
-            pass; on a GPU also for what CUDA reports. Where that came while arrays there were added to, it
-            says so, and the tape is used up.
+            pass; on a GPU also if CUDA reports an error. If it does so while gradients are added to those of
+            `accumulate_into` there, these are undefined, the error says so, and the tape is used up.
         TypeError, ValueError
             As in calling the layer; and for another layer's tape. Then the tape and `accumulate_into` are as
             they were.
@@ -191,7 +191,9 @@ class Layer(Configured, Generic[State]):
     def flat_params(self) -> Array:
         """All parameters in PyTorch's order: one writable buffer, the same for the layer's whole life.
 
-        Assigning copies in, so `layer.flat_params -= step` works as on any array.
+        Assigning copies in, so `layer.flat_params -= step` works as on any array. On a GPU it is a
+        `DeviceArray`, without arithmetic: a library updates it, as in
+        `torch.from_dlpack(layer.flat_params).sub_(step)`.
         """
         return self._flat  # type: ignore[no-any-return]
 
@@ -209,7 +211,8 @@ class Layer(Configured, Generic[State]):
     def load_state_dict(self, mapping: Mapping[str, Any]) -> None:
         """Copy parameters in from a mapping of PyTorch's names to arrays.
 
-        Anything with `__array__` counts as one, such as the tensors of a PyTorch module's `state_dict()`.
+        Also the tensors of a PyTorch module's `state_dict()`: on the CPU whatever has `__array__`, on a GPU
+        whatever has DLPack.
 
         Raises
         ------
@@ -318,7 +321,8 @@ class LSTM(Layer[tuple[Array, Array]]):
         Where the parameters are and the kernels run. On a GPU a call takes numpy arrays, which it copies
         there and whose results it copies back, or arrays on that GPU (of PyTorch, CuPy, JAX; `DeviceArray`),
         which it uses without a copy and answers in kind. With PyTorch's and CuPy's it runs on their current
-        stream and returns at once; with other libraries' it waits for the GPU. `lengths` are on the host.
+        stream, and `forward` returns without waiting for the GPU; with other libraries' every call waits.
+        `lengths` are on the host.
 
     Raises
     ------

@@ -115,7 +115,8 @@ class Stack:
         )
         tape = None
         if kernel_tape is not None:
-            tape = Tape(self, kernel_tape, weights, x, batched, seed if dropout else None)
+            kept = x[...] if isinstance(x, ndarray) else x  # a view: the shape of the caller's own may change
+            tape = Tape(self, kernel_tape, weights, kept, batched, seed if dropout else None)
         return (y if out is None else out), final, tape
 
     def backward(
@@ -134,7 +135,7 @@ class Stack:
             raise TypeError(f"{where}: tape must be a Tape, got {type(tape).__name__}")
         if tape._stack is not self:
             raise ValueError(f"{where}: tape must come from this layer's own forward, got another layer's")
-        kernel_tape, x = tape._opened(where)
+        kernel_tape, x, weights = tape._opened(where)
         batched = tape._batched
         steps, batch, _ = x.shape
         wanted = _wanted(where, wrt)
@@ -162,7 +163,7 @@ class Stack:
         try:
             on.backward(
                 self.spec,
-                tuple([on.ready(w) for w in tape._weights]),
+                tuple([on.ready(w) for w in weights]),
                 kernel_tape,
                 x,
                 dy,
@@ -293,7 +294,8 @@ class Stack:
                 )
             for array in _tuple(held) if want else ():
                 self.on.shaped(where, f"accumulate_into's gradient of {name}", array, self.dtype, shape)
-                if not (self._time_major(array, batched) if name == "x" else array).flags.carray:
+                flags = array.flags
+                if not (flags.writeable and self.on.holds_rows(array) if name == "x" else flags.carray):
                     raise ValueError(
                         f"{where}: accumulate_into's gradient of {name} must be what backward made, "
                         f"got an array with strides {array.strides}"

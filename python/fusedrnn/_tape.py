@@ -20,8 +20,8 @@ class Tape:
     Made by `layer.forward` and the functional `*_forward`; used once, unless `backward(..., retain=True)`
     keeps it for another backward. It refers to x and to the parameters and holds a checksum of both: if
     either was changed in between, backward raises a RuntimeError. (Of a numpy array that went to a GPU it
-    keeps the copy.) A backward that fails on a GPU while it adds to arrays there uses the tape up, retained
-    or not. A tape belongs to the layer that made it, and cannot be copied or pickled.
+    keeps the copy.) A backward that fails on a GPU after it began to add to `accumulate_into` there uses the
+    tape up, retained or not. A tape belongs to the layer that made it, and cannot be copied or pickled.
 
     Attributes
     ----------
@@ -54,10 +54,12 @@ class Tape:
         """Bytes that the kernel keeps for the backward pass; 0 once the tape is used up."""
         return 0 if self._kernel is None else self._kernel.nbytes
 
-    def _opened(self, where: str) -> tuple[_core.Tape, Array]:
-        if self._kernel is None or self._x is None:
+    def _opened(self, where: str) -> tuple[_core.Tape, Array, tuple[Array, ...]]:
+        # The weights, which go last, are read first: another thread may close the tape meanwhile.
+        weights, x, kernel = self._weights, self._x, self._kernel
+        if kernel is None or x is None:
             raise self._used(where)
-        return self._kernel, self._x
+        return kernel, x, weights
 
     def _claim(self, where: str) -> None:
         try:
