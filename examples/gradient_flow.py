@@ -24,7 +24,7 @@ OPEN = 5.0  # bias of the gate that keeps the state: sigmoid(5) = 0.993
 EXPLANATION = """\
 RNN: every step back multiplies by the same matrix: small, it makes the gradient vanish; large, explode.
 LSTM, GRU: the state also passes by that matrix, through a gate; half-open, it halves the gradient each step.
-Gates held open (bias 5, sigmoid 0.993) let it through: it arrives {steps} steps back at all these scales.
+Gates held open (bias 5, sigmoid 0.993) let it through: it arrives {steps} steps back at every scale.
 """
 
 
