@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
+README = EXAMPLES.parent / "README.md"
 pytestmark = pytest.mark.skipif(not EXAMPLES.is_dir(), reason="the examples are not part of the package")
 
 
@@ -17,6 +18,15 @@ def run(name: str, *options: str, cwd: Path) -> str:
     done = subprocess.run(command, cwd=cwd, capture_output=True, encoding="utf-8", timeout=600, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout
+
+
+def test_what_readme_shows():
+    code = re.search(r"## Use\n+```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)[1]
+    names: dict = {}
+    exec(code, names)
+    assert names["y"].shape == (100, 16, 2 * 128)
+    assert names["grads"].flat.shape == names["lstm"].flat_params.shape
+    assert names["h"].shape == (64,)
 
 
 def test_every_example_is_tested():
