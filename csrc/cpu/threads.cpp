@@ -20,7 +20,6 @@
 
 #if defined(__unix__) || defined(__APPLE__)
 #include <pthread.h>
-#include <unistd.h>
 #endif
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -67,6 +66,7 @@ class Seats {
   void take(int rank) {
     const int place = sched_getcpu() + 1;
     if (rank >= seats || place == 0) return;
+    if (rank == 0 && caller_ != pthread_self()) caller_ = pthread_self();
     // Seldom written, so that every core keeps a copy of the line.
     if (place_[rank].load(std::memory_order_relaxed) != place) place_[rank].store(place, std::memory_order_relaxed);
     for (int r = 0; r < rank; ++r)
@@ -75,12 +75,10 @@ class Seats {
 
  private:
   void leave(int rank) {
-    static thread_local const cpu_set_t allowed = [] {  // as inherited from the thread that started this one
-      cpu_set_t set;
-      if (sched_getaffinity(0, sizeof set, &set) != 0) CPU_ZERO(&set);
-      return set;
-    }();
-    cpu_set_t set = allowed;
+    // To where its caller may run, or it may already. Asked for each time: since the last, the process may have been given others.
+    cpu_set_t own, set;
+    if (sched_getaffinity(0, sizeof own, &own) != 0 || pthread_getaffinity_np(caller_, sizeof set, &set) != 0) return;
+    CPU_OR(&set, &set, &own);
     for (int r = 0; r < rank; ++r) {
       const int cpu = place_[r].load(std::memory_order_relaxed) - 1;
       if (cpu >= 0 && cpu < CPU_SETSIZE) CPU_CLR(cpu, &set);
@@ -90,6 +88,7 @@ class Seats {
 
   static constexpr int seats = 256;
   alignas(64) std::atomic<int> place_[seats] = {};  // the rank's CPU + 1; 0 before it first ran
+  pthread_t caller_{};                              // rank 0, who waits for the others
 #else
   void take(int) {}
 #endif

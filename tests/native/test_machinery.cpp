@@ -1,4 +1,5 @@
 // Memory, threads, barrier and fork: what the sequence loops stand on.
+#include <sched.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -143,6 +144,62 @@ std::unique_ptr<Lease> lease_two() {
   }
   return lease;
 }
+
+#if defined(__linux__)
+cpu_set_t affinity() {
+  cpu_set_t set;
+  CPU_ZERO(&set);
+  sched_getaffinity(0, sizeof set, &set);
+  return set;
+}
+
+cpu_set_t only(int core) {
+  cpu_set_t set;
+  CPU_ZERO(&set);
+  CPU_SET(core, &set);
+  return set;
+}
+
+// As `taskset -apc` does to a process that runs.
+void pin_all(const cpu_set_t& set) {
+  for (const auto& task : std::filesystem::directory_iterator("/proc/self/task"))
+    sched_setaffinity(std::stoi(task.path().filename().string()), sizeof set, &set);
+}
+
+void test_affinity() {
+  const cpu_set_t all = affinity();
+  if (CPU_COUNT(&all) < 2) return;
+  cpu_set_t seen{};  // the second thread's, before `work`
+  std::atomic<int> core{0};
+  const auto run = [&](auto work) {
+    const auto lease = lease_two();
+    lease->run(lease->size(), [&](int rank) {
+      if (rank == 0) return core.store(sched_getcpu());
+      seen = affinity();
+      work();
+    });
+    return lease->size() == 2;
+  };
+  bool both = true, left = false;
+  for (int i = 0; i < 1000 && both && !left; ++i) {
+    both = run([&] {  // goes where the caller is, free to go elsewhere
+      const cpu_set_t one = only(core);
+      sched_setaffinity(0, sizeof one, &one);
+      sched_setaffinity(0, sizeof all, &all);
+    });
+    left = !CPU_EQUAL(&seen, &all);
+  }
+  check(both && left, "a thread leaves the core of another");
+  const cpu_set_t one = only(sched_getcpu());
+  pin_all(one);
+  bool pinned = true;
+  for (int i = 0; i < 2; ++i) pinned = run([] {}) && CPU_EQUAL(&seen, &one) && pinned;
+  check(pinned, "but not the cores that the process was given since");
+  pin_all(all);
+}
+#else
+void test_affinity() {}
+#endif
 
 // The shape's work is worth several threads, so that callers do compete for the pool.
 const Shape busy_shape{1, 6, 13, 11, 45, 2, 2};
@@ -384,6 +441,7 @@ void test_machinery(bool forks) {
   test_retreat();
   test_denormals();
   test_pool();
+  test_affinity();
   test_large_barriers();
   test_concurrent_callers();
   if (forks) test_fork();
