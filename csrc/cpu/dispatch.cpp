@@ -1,6 +1,9 @@
 #include "cpu/dispatch.h"
 
 #include <stdlib.h>
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
 
 #include <stdexcept>
 
@@ -29,12 +32,23 @@ struct Isa {
   const Kernels<double>* kernels_double;
 };
 
+#if defined(__x86_64__)
+// F16C, MOVBE and LZCNT: __builtin_cpu_supports of Clang 14 knows none of them.
+bool has_rest_of_v3() {
+  unsigned a, b, c = 0, d, extended = 0;
+  __get_cpuid(1, &a, &b, &c, &d);
+  __get_cpuid(0x80000001, &a, &b, &extended, &d);
+  return (c & bit_F16C) && (c & bit_MOVBE) && (extended & bit_LZCNT);
+}
+#endif
+
 const std::vector<Isa>& isas() {
   static const std::vector<Isa>& list = *[] {  // never destroyed: threads may outlive static destruction
 #if defined(__x86_64__)
-    // What the compiler may use under -march=x86-64-v3.
-    const bool v3 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi") &&
-                    __builtin_cpu_supports("bmi2");
+    // What the compiler may use under -march=x86-64-v2, but for what any CPU with SSE4.2 has, and under -v3.
+    const bool v2 = __builtin_cpu_supports("sse4.2") && __builtin_cpu_supports("popcnt");
+    const bool v3 = v2 && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi") &&
+                    __builtin_cpu_supports("bmi2") && has_rest_of_v3();
 #endif
 #define FUSEDRNN_ISA(name, has, target) \
   { name, bool(has), &target::kernels_float, &target::kernels_double }
@@ -46,7 +60,7 @@ const std::vector<Isa>& isas() {
                          __builtin_cpu_supports("avx512cd"),
                      avx512),
         FUSEDRNN_ISA("avx2", v3, avx2),
-        FUSEDRNN_ISA("x86-64-v2", __builtin_cpu_supports("sse4.2"), v2),
+        FUSEDRNN_ISA("x86-64-v2", v2, v2),
 #elif defined(__aarch64__)
         FUSEDRNN_ISA("neon", true, neon),
 #endif
