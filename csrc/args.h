@@ -17,8 +17,6 @@ namespace fusedrnn {
 
 FUSEDRNN_HD_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-constexpr int max_phases = 2;
-constexpr int max_states = 2;
 constexpr int64_t reduction_rows = 4096;  // sums over T*B are cut into blocks of so many rows, added in block order
 
 // Rows of a (T, B, width) array in the order of processing: row (s, j) starts at base + s * step + row[j].

@@ -16,7 +16,7 @@ namespace fusedrnn {
 
 // The constants of a cell, for code that meets it at run time.
 struct CellInfo {
-  static constexpr int max_slots = 4, max_phases = 2;
+  static constexpr int max_slots = 4;
   const char* name;
   int gates, states, slots, saved, phases;
   int slot_gate[max_slots];
@@ -26,7 +26,8 @@ struct CellInfo {
 
 template <class Cell>
 constexpr CellInfo cell_info() {
-  static_assert(Cell::slots <= CellInfo::max_slots && Cell::phases <= CellInfo::max_phases, "raise CellInfo's limits");
+  static_assert(Cell::states <= max_states && Cell::phases <= max_phases && Cell::slots <= CellInfo::max_slots,
+                "raise the limits, here and in cell.h");
   CellInfo info{Cell::name, Cell::gates, Cell::states, Cell::slots, Cell::saved, Cell::phases, {}, Cell::input, {}};
   for (int s = 0; s < Cell::slots; ++s) info.slot_gate[s] = Cell::slot_gate[s];
   for (int p = 0; p < Cell::phases; ++p) info.recurrent[p] = Cell::recurrent[p];

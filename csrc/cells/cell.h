@@ -19,6 +19,8 @@
 
 namespace fusedrnn {
 
+constexpr int max_states = 2, max_phases = 2;  // of any cell: what loops have room for
+
 struct Span {  // slots [first, first + count)
   int first, count;
 };
