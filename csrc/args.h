@@ -88,7 +88,6 @@ struct ForwardArgs {
   // Tape: null for inference
   T* saved;                       // (N, saved * H): per row [blocks of H][saved][lanes], the last block as wide as it is
   T* operand;                     // (N, H) operands of the second phase; (B, H) for inference; null with one phase
-  bool training;
   int64_t turn;                   // step number of s = 0, for a stream: see there_and_back
   // Workspace
   T* pre;                         // per thread [chunk_steps][its rows][its blocks][slots * lanes], pre_thread apart

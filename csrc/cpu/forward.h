@@ -31,9 +31,7 @@ struct Forward {
     if (s > 0) return a.carry + a.state_row[j];
     return a.state[0] ? a.state[0] + a.state_row[j] : a.zeros;
   }
-  FUSEDRNN_INLINE T* operand(int64_t s, int64_t j) const {
-    return a.operand + (a.training ? a.schedule.offset[s] + j : j) * a.H;
-  }
+  FUSEDRNN_INLINE T* operand(int64_t s, int64_t j) const { return a.operand + (a.saved ? a.schedule.offset[s] + j : j) * a.H; }
   FUSEDRNN_INLINE T* saved(int64_t s, int64_t j, int64_t b) const {
     return a.saved + ((a.schedule.offset[s] + j) * a.H + b * L) * Cell::saved;
   }
@@ -48,7 +46,7 @@ struct Forward {
             a.copy.base ? a.copy.at(s, j) : nullptr,
             last,
             Cell::states > 1 ? a.final_state[Cell::states - 1] + row : nullptr,
-            a.training ? saved(s, j, 0) : nullptr};
+            a.saved ? saved(s, j, 0) : nullptr};
   }
   // The pre-activations of the share's row i at step s of the chunk that starts at step c, from block share.b0 on.
   FUSEDRNN_INLINE T* slots_at(int64_t s, int64_t c, int64_t i) const {

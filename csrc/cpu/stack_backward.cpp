@@ -137,7 +137,6 @@ class BackwardPass {
     f.state[0] = tape_.h0 ? tape_.h0 + i * B_ * H_ : nullptr;
     f.state_row = state_row;
     f.saved = tape_.saved[i], f.operand = tape_.operand[i];
-    f.training = true;
     f.zeros = zeros_;
   }
 

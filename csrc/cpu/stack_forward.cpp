@@ -112,7 +112,6 @@ class ForwardPass {
     a.state_row = state_row;
     a.w_ih = p.w_ih, a.ih_block = p.ih_block, a.bias = p.bias;
     for (int q = 0; q < cell_.phases; ++q) a.w_hh[q] = p.w_hh[q], a.hh_block[q] = p.hh_block[q];
-    a.training = tape_ != nullptr;
     a.turn = 0;
     a.saved = tape_ ? tape_->saved[i] : nullptr;
     a.operand = tape_ ? tape_->operand[i] : operand_[crew_.lane(l, d)];
