@@ -44,8 +44,6 @@ FUSEDRNN_HD_INLINE float abs(float a) { return ::fabsf(a); }
 FUSEDRNN_HD_INLINE double abs(double a) { return ::fabs(a); }
 FUSEDRNN_HD_INLINE float copysign(float a, float s) { return ::copysignf(a, s); }
 FUSEDRNN_HD_INLINE double copysign(double a, double s) { return ::copysign(a, s); }
-FUSEDRNN_HD_INLINE float round(float a) { return ::rintf(a); }
-FUSEDRNN_HD_INLINE double round(double a) { return ::rint(a); }
 FUSEDRNN_HD_INLINE double divide(double a, double b) { return a / b; }
 // On a GPU an approximate reciprocal, then a correction: within 0.51 ulp wherever the quotient is normal, and without the
 // branches that would keep the cells' divisions apart. b = Inf gives 0, as it should.
@@ -93,23 +91,16 @@ struct Scalar {
   friend FUSEDRNN_HD_INLINE Scalar operator-(Scalar a) { return Scalar(-a.r); }
   FUSEDRNN_HD_INLINE Scalar& operator+=(Scalar b) { return *this = *this + b; }
 
-  friend FUSEDRNN_HD_INLINE Mask operator<(Scalar a, Scalar b) { return a.r < b.r; }
   friend FUSEDRNN_HD_INLINE Mask operator<=(Scalar a, Scalar b) { return a.r <= b.r; }
-  friend FUSEDRNN_HD_INLINE Mask operator>(Scalar a, Scalar b) { return a.r > b.r; }
-  friend FUSEDRNN_HD_INLINE Mask operator>=(Scalar a, Scalar b) { return a.r >= b.r; }
-  friend FUSEDRNN_HD_INLINE Mask operator==(Scalar a, Scalar b) { return a.r == b.r; }
-  friend FUSEDRNN_HD_INLINE Mask operator!=(Scalar a, Scalar b) { return a.r != b.r; }
 
   friend FUSEDRNN_HD_INLINE Scalar fma(Scalar a, Scalar b, Scalar c) { return Scalar(scalar::fma(a.r, b.r, c.r)); }
   friend FUSEDRNN_HD_INLINE Scalar fnma(Scalar a, Scalar b, Scalar c) { return Scalar(scalar::fma(-a.r, b.r, c.r)); }
   friend FUSEDRNN_HD_INLINE Scalar min(Scalar a, Scalar b) { return a.r < b.r ? a : b; }
   friend FUSEDRNN_HD_INLINE Scalar max(Scalar a, Scalar b) { return a.r > b.r ? a : b; }
-  friend FUSEDRNN_HD_INLINE Scalar round(Scalar a) { return Scalar(scalar::round(a.r)); }
   friend FUSEDRNN_HD_INLINE Scalar abs(Scalar a) { return Scalar(scalar::abs(a.r)); }
   friend FUSEDRNN_HD_INLINE Scalar copysign(Scalar a, Scalar s) { return Scalar(scalar::copysign(a.r, s.r)); }
   friend FUSEDRNN_HD_INLINE Scalar select(Mask m, Scalar a, Scalar b) { return m ? a : b; }
   friend FUSEDRNN_HD_INLINE Scalar first(Scalar v, int n) { return n > 0 ? v : Scalar(T(0)); }
-  friend FUSEDRNN_HD_INLINE Scalar ldexp(Scalar a, Scalar n) { return a * power_of_two(n + Scalar(exponent_magic)); }
   friend FUSEDRNN_HD_INLINE Scalar power_of_two(Scalar z) {
     typename FloatFormat<T>::Bits bits;
     memcpy(&bits, &z.r, sizeof bits);

@@ -85,12 +85,6 @@ const Isa& chosen() {
 
 }  // namespace
 
-std::vector<std::string> compiled_isas() {
-  std::vector<std::string> names;
-  for (const Isa& i : isas()) names.push_back(i.name);
-  return names;
-}
-
 std::vector<std::string> available_isas() {
   std::vector<std::string> names;
   for (const Isa& i : isas())

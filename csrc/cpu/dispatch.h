@@ -8,8 +8,7 @@
 
 namespace fusedrnn {
 
-std::vector<std::string> compiled_isas();   // best first
-std::vector<std::string> available_isas();  // those of them that this CPU has
+std::vector<std::string> available_isas();  // those that this CPU has, best first
 const std::string& isa();                   // the one in use; throws std::invalid_argument when FUSEDRNN_ISA is wrong
 
 template <class T>

@@ -18,8 +18,6 @@ FUSEDRNN_INLINE Words multiply_halves(Words w) {
   return (Words)_mm_mul_epu32((__m128i)w, (__m128i)(w >> 32));
 #elif FUSEDRNN_ISA_ID == FUSEDRNN_ISA_neon
   return (Words)vmull_u32(vmovn_u64((uint64x2_t)w), vshrn_n_u64((uint64x2_t)w, 32));
-#else
-  return (w & 0xffffffffu) * (w >> 32);
 #endif
 }
 

@@ -125,10 +125,9 @@ size_t checked_product(std::initializer_list<int64_t> sizes) {
   return size_t(product);
 }
 
-void Arena::place(void** pointer, size_t count, size_t extra, size_t element) {
+void Arena::place(void** pointer, size_t count, size_t element) {
   size_t bytes, end;
-  if (__builtin_add_overflow(count, extra, &count) || __builtin_mul_overflow(count, element, &bytes) ||
-      __builtin_add_overflow(total_, bytes, &end) || end > SIZE_MAX / 2)
+  if (__builtin_mul_overflow(count, element, &bytes) || __builtin_add_overflow(total_, bytes, &end) || end > SIZE_MAX / 2)
     throw std::length_error("array size overflows");
   places_.push_back({pointer, total_});
   total_ = (end + line - 1) / line * line;

@@ -31,9 +31,8 @@ size_t checked_product(std::initializer_list<int64_t> sizes);
 class Arena {
  public:
   template <class T>
-  void want(T** pointer, std::initializer_list<int64_t> sizes, int64_t extra = 0) {
-    place(reinterpret_cast<void**>(const_cast<typename Plain<T>::type**>(pointer)), checked_product(sizes), size_t(extra),
-          sizeof(T));
+  void want(T** pointer, std::initializer_list<int64_t> sizes) {
+    place(reinterpret_cast<void**>(const_cast<typename Plain<T>::type**>(pointer)), checked_product(sizes), sizeof(T));
   }
   void allocate();
   size_t bytes() const { return buffer_.bytes(); }
@@ -45,7 +44,7 @@ class Arena {
   template <class T> struct Plain<const T> {
     using type = T;
   };
-  void place(void** pointer, size_t count, size_t extra, size_t element);
+  void place(void** pointer, size_t count, size_t element);
   struct Place {
     void** pointer;
     size_t offset;

@@ -22,20 +22,6 @@
 
 #include "cells/value.h"
 
-#if !defined(FUSEDRNN_TARGET)
-#if defined(__AVX512F__) && defined(__AVX512DQ__) && defined(__AVX512VL__) && defined(__AVX512BW__)
-#define FUSEDRNN_TARGET avx512
-#elif defined(__AVX2__) && defined(__FMA__)
-#define FUSEDRNN_TARGET avx2
-#elif defined(__SSE4_2__)
-#define FUSEDRNN_TARGET v2
-#elif defined(__aarch64__)
-#define FUSEDRNN_TARGET neon
-#else
-#error "fusedrnn: no vector type for this ISA; x86-64 needs at least -march=x86-64-v2"
-#endif
-#endif
-
 #define FUSEDRNN_ISA_avx512 1
 #define FUSEDRNN_ISA_avx2 2
 #define FUSEDRNN_ISA_v2 3
@@ -71,17 +57,12 @@ struct Native<float> {
   static FUSEDRNN_INLINE Reg fnma(Reg a, Reg b, Reg c) { return _mm512_fnmadd_ps(a, b, c); }
   static FUSEDRNN_INLINE Reg min(Reg a, Reg b) { return _mm512_min_ps(a, b); }
   static FUSEDRNN_INLINE Reg max(Reg a, Reg b) { return _mm512_max_ps(a, b); }
-  static FUSEDRNN_INLINE Reg round(Reg a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT); }
-  static FUSEDRNN_INLINE Reg ldexp(Reg a, Reg n) { return _mm512_scalef_ps(a, n); }
   static FUSEDRNN_INLINE Reg select(Mask m, Reg a, Reg b) { return _mm512_mask_blend_ps(m, b, a); }
   static FUSEDRNN_INLINE Reg blend_bits(Int m, Reg a, Reg b) {
     return (Reg)_mm512_ternarylogic_epi32((__m512i)m, (__m512i)a, (__m512i)b, 0xCA);
   }
   static FUSEDRNN_INLINE Reg first(Reg a, int n) { return _mm512_maskz_mov_ps(head(n), a); }
-  template <int predicate>
-  static FUSEDRNN_INLINE Mask compare(Reg a, Reg b) {
-    return _mm512_cmp_ps_mask(a, b, predicate);
-  }
+  static FUSEDRNN_INLINE Mask less_equal(Reg a, Reg b) { return _mm512_cmp_ps_mask(a, b, _CMP_LE_OQ); }
 };
 
 template <>
@@ -99,17 +80,12 @@ struct Native<double> {
   static FUSEDRNN_INLINE Reg fnma(Reg a, Reg b, Reg c) { return _mm512_fnmadd_pd(a, b, c); }
   static FUSEDRNN_INLINE Reg min(Reg a, Reg b) { return _mm512_min_pd(a, b); }
   static FUSEDRNN_INLINE Reg max(Reg a, Reg b) { return _mm512_max_pd(a, b); }
-  static FUSEDRNN_INLINE Reg round(Reg a) { return _mm512_roundscale_pd(a, _MM_FROUND_TO_NEAREST_INT); }
-  static FUSEDRNN_INLINE Reg ldexp(Reg a, Reg n) { return _mm512_scalef_pd(a, n); }
   static FUSEDRNN_INLINE Reg select(Mask m, Reg a, Reg b) { return _mm512_mask_blend_pd(m, b, a); }
   static FUSEDRNN_INLINE Reg blend_bits(Int m, Reg a, Reg b) {
     return (Reg)_mm512_ternarylogic_epi64((__m512i)m, (__m512i)a, (__m512i)b, 0xCA);
   }
   static FUSEDRNN_INLINE Reg first(Reg a, int n) { return _mm512_maskz_mov_pd(head(n), a); }
-  template <int predicate>
-  static FUSEDRNN_INLINE Mask compare(Reg a, Reg b) {
-    return _mm512_cmp_pd_mask(a, b, predicate);
-  }
+  static FUSEDRNN_INLINE Mask less_equal(Reg a, Reg b) { return _mm512_cmp_pd_mask(a, b, _CMP_LE_OQ); }
 };
 
 #else  // masks are vectors of all-ones or all-zeros integers
@@ -131,7 +107,6 @@ struct Native<float> {
   static FUSEDRNN_INLINE Reg fnma(Reg a, Reg b, Reg c) { return _mm256_fnmadd_ps(a, b, c); }
   static FUSEDRNN_INLINE Reg min(Reg a, Reg b) { return _mm256_min_ps(a, b); }
   static FUSEDRNN_INLINE Reg max(Reg a, Reg b) { return _mm256_max_ps(a, b); }
-  static FUSEDRNN_INLINE Reg round(Reg a) { return _mm256_round_ps(a, _MM_FROUND_TO_NEAREST_INT); }
 };
 
 template <>
@@ -149,7 +124,6 @@ struct Native<double> {
   static FUSEDRNN_INLINE Reg fnma(Reg a, Reg b, Reg c) { return _mm256_fnmadd_pd(a, b, c); }
   static FUSEDRNN_INLINE Reg min(Reg a, Reg b) { return _mm256_min_pd(a, b); }
   static FUSEDRNN_INLINE Reg max(Reg a, Reg b) { return _mm256_max_pd(a, b); }
-  static FUSEDRNN_INLINE Reg round(Reg a) { return _mm256_round_pd(a, _MM_FROUND_TO_NEAREST_INT); }
 };
 
 #else  // 128-bit registers without masked memory access: lane by lane, in branches that cannot become a call to memcpy
@@ -196,7 +170,6 @@ struct Native<float> : PartialAccess<Native<float>> {
   static FUSEDRNN_INLINE Reg fnma(Reg a, Reg b, Reg c) { return c - a * b; }
   static FUSEDRNN_INLINE Reg min(Reg a, Reg b) { return _mm_min_ps(a, b); }
   static FUSEDRNN_INLINE Reg max(Reg a, Reg b) { return _mm_max_ps(a, b); }
-  static FUSEDRNN_INLINE Reg round(Reg a) { return _mm_round_ps(a, _MM_FROUND_TO_NEAREST_INT); }
 };
 
 template <>
@@ -214,7 +187,6 @@ struct Native<double> : PartialAccess<Native<double>> {
   static FUSEDRNN_INLINE Reg fnma(Reg a, Reg b, Reg c) { return c - a * b; }
   static FUSEDRNN_INLINE Reg min(Reg a, Reg b) { return _mm_min_pd(a, b); }
   static FUSEDRNN_INLINE Reg max(Reg a, Reg b) { return _mm_max_pd(a, b); }
-  static FUSEDRNN_INLINE Reg round(Reg a) { return _mm_round_pd(a, _MM_FROUND_TO_NEAREST_INT); }
 };
 
 #elif FUSEDRNN_ISA_ID == FUSEDRNN_ISA_neon
@@ -234,7 +206,6 @@ struct Native<float> : PartialAccess<Native<float>> {
   static FUSEDRNN_INLINE Reg fnma(Reg a, Reg b, Reg c) { return vfmsq_f32(c, a, b); }
   static FUSEDRNN_INLINE Reg min(Reg a, Reg b) { return vminq_f32(a, b); }
   static FUSEDRNN_INLINE Reg max(Reg a, Reg b) { return vmaxq_f32(a, b); }
-  static FUSEDRNN_INLINE Reg round(Reg a) { return vrndnq_f32(a); }
 };
 
 template <>
@@ -252,7 +223,6 @@ struct Native<double> : PartialAccess<Native<double>> {
   static FUSEDRNN_INLINE Reg fnma(Reg a, Reg b, Reg c) { return vfmsq_f64(c, a, b); }
   static FUSEDRNN_INLINE Reg min(Reg a, Reg b) { return vminq_f64(a, b); }
   static FUSEDRNN_INLINE Reg max(Reg a, Reg b) { return vmaxq_f64(a, b); }
-  static FUSEDRNN_INLINE Reg round(Reg a) { return vrndnq_f64(a); }
 };
 
 #endif
@@ -269,8 +239,6 @@ struct Vec {
   using Mask = typename N::Mask;
   static constexpr int lanes = sizeof(Reg) / sizeof(T);
   static constexpr bool has_fma = FUSEDRNN_ISA_ID != FUSEDRNN_ISA_v2;
-  // 1.5 * 2^mantissa_bits + exponent bias: z = x + exponent_magic rounds x to an integer n (ties to even), holds
-  // n + bias in its lowest bits, and z - exponent_magic is n.
   static constexpr T exponent_magic = FloatFormat<T>::exponent_magic;
 
   Reg r;
@@ -297,21 +265,6 @@ struct Vec {
   friend FUSEDRNN_INLINE Vec operator-(Vec a) { return from_int(to_int(a) ^ sign_bit()); }
   FUSEDRNN_INLINE Vec& operator+=(Vec b) { return *this = *this + b; }
 
-#if FUSEDRNN_ISA_ID == FUSEDRNN_ISA_avx512
-#define FUSEDRNN_COMPARE(op, predicate) \
-  friend FUSEDRNN_INLINE Mask operator op(Vec a, Vec b) { return N::template compare<predicate>(a.r, b.r); }
-#else
-#define FUSEDRNN_COMPARE(op, predicate) \
-  friend FUSEDRNN_INLINE Mask operator op(Vec a, Vec b) { return (Mask)(a.r op b.r); }
-#endif
-  FUSEDRNN_COMPARE(<, _CMP_LT_OQ)
-  FUSEDRNN_COMPARE(<=, _CMP_LE_OQ)
-  FUSEDRNN_COMPARE(>, _CMP_GT_OQ)
-  FUSEDRNN_COMPARE(>=, _CMP_GE_OQ)
-  FUSEDRNN_COMPARE(==, _CMP_EQ_OQ)
-  FUSEDRNN_COMPARE(!=, _CMP_NEQ_UQ)
-#undef FUSEDRNN_COMPARE
-
   // a*b + c with one rounding (two on x86-64-v2, which has no such instruction).
   friend FUSEDRNN_INLINE Vec fma(Vec a, Vec b, Vec c) { return wrap(N::fma(a.r, b.r, c.r)); }
   // c - a*b, rounded likewise.
@@ -320,23 +273,20 @@ struct Vec {
   // x's NaN.
   friend FUSEDRNN_INLINE Vec min(Vec a, Vec b) { return wrap(N::min(a.r, b.r)); }
   friend FUSEDRNN_INLINE Vec max(Vec a, Vec b) { return wrap(N::max(a.r, b.r)); }
-  // To the nearest integer, ties to even.
-  friend FUSEDRNN_INLINE Vec round(Vec a) { return wrap(N::round(a.r)); }
   // 2^n of z = n + exponent_magic, -bias <= n <= bias + 1: 0 at the lower end, Inf at the upper.
   friend FUSEDRNN_INLINE Vec power_of_two(Vec z) { return from_int(to_int(z) << FloatFormat<T>::mantissa_bits); }
   friend FUSEDRNN_INLINE Vec abs(Vec a) { return from_int(to_int(a) & ~sign_bit()); }
 
 #if FUSEDRNN_ISA_ID == FUSEDRNN_ISA_avx512
+  friend FUSEDRNN_INLINE Mask operator<=(Vec a, Vec b) { return N::less_equal(a.r, b.r); }
   friend FUSEDRNN_INLINE Vec copysign(Vec a, Vec s) { return wrap(N::blend_bits(sign_bit(), s.r, a.r)); }
   friend FUSEDRNN_INLINE Vec select(Mask m, Vec a, Vec b) { return wrap(N::select(m, a.r, b.r)); }
-  friend FUSEDRNN_INLINE Vec ldexp(Vec a, Vec n) { return wrap(N::ldexp(a.r, n.r)); }
   friend FUSEDRNN_INLINE Vec first(Vec v, int n) { return wrap(N::first(v.r, n)); }
 #else
+  friend FUSEDRNN_INLINE Mask operator<=(Vec a, Vec b) { return (Mask)(a.r <= b.r); }
   friend FUSEDRNN_INLINE Vec copysign(Vec a, Vec s) { return from_int((to_int(a) & ~sign_bit()) | (to_int(s) & sign_bit())); }
   // Lane by lane a where m holds, else b.
   friend FUSEDRNN_INLINE Vec select(Mask m, Vec a, Vec b) { return wrap(m ? a.r : b.r); }
-  // a * 2^n, n an integer with 2^n a normal number; on AVX-512 any n.
-  friend FUSEDRNN_INLINE Vec ldexp(Vec a, Vec n) { return a * power_of_two(n + Vec(exponent_magic)); }
   // The first n lanes of v; the others are 0.
   friend FUSEDRNN_INLINE Vec first(Vec v, int n) { return from_int(to_int(v) & N::head(n)); }
 #endif

@@ -21,8 +21,6 @@ class Stream {
   void reset();
   void get_state(int i, T* out) const;       // (L, B, H)
   void set_state(int i, const T* values);
-  const Spec& spec() const { return spec_; }
-  int64_t batch() const { return B_; }
 
  private:
   Spec spec_;

@@ -295,7 +295,6 @@ int default_threads() {
 }
 
 void set_default_threads(int n) { process_threads.store(n, std::memory_order_relaxed); }
-int local_threads() { return thread_threads; }
 void set_local_threads(int n) { thread_threads = n; }
 int wanted_threads() { return thread_threads > 0 ? thread_threads : default_threads(); }
 

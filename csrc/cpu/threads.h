@@ -90,8 +90,7 @@ int cgroup_limit(const std::string& root);
 
 int default_threads();             // as set, else FUSEDRNN_NUM_THREADS (std::invalid_argument if wrong), else all available
 void set_default_threads(int n);   // n >= 1
-int local_threads();               // of this thread; 0: the default holds
-void set_local_threads(int n);
+void set_local_threads(int n);     // of this thread; 0: the default holds
 int wanted_threads();              // what the next call on this thread may use
 
 // The right to use up to `wanted` threads at once; size() is what there is, and 1 when another caller has the pool.

