@@ -8,32 +8,16 @@
 #include "cpu/dispatch.h"
 #include "cpu/plan.h"
 #include "reference.h"
+#include "within.h"
 
 namespace fusedrnn::tests {
 namespace {
 
-double norm(const std::vector<double>& v) {
-  double sum = 0;
-  for (double e : v) sum += e * e;
-  return sqrt(sum);
-}
-
-// ||got - want|| is within the rounding of sums of `terms` products; NaN never is.
+// ||got - want|| is within the rounding of sums of `terms` products.
 template <class T>
 void close(const std::vector<T>& got, const std::vector<double>& want, double terms, bool backward, const std::string& what) {
-  std::vector<double> error(want.size());
-  size_t worst = 0;
-  for (size_t i = 0; i < want.size(); ++i) {
-    error[i] = fabs(double(got[i]) - want[i]);
-    if (!(error[i] <= error[worst])) worst = i;
-  }
   const double factor = (backward ? 8 : 4) * fmax(4, ceil(log2(fmax(1, terms))));
-  const double bound = factor * double(std::numeric_limits<T>::epsilon()) * fmax(norm(want), sqrt(double(want.size())));
-  char detail[160] = "";
-  if (!(norm(error) <= bound))
-    snprintf(detail, sizeof detail, ": off by %.3g, bound %.3g; worst at %d of %d: got %.9g, want %.9g", norm(error), bound,
-             int(worst), int(want.size()), double(got[worst]), want[worst]);
-  check(got.size() == want.size() && norm(error) <= bound, what + detail);
+  tests::close(std::vector<double>(got.begin(), got.end()), want, factor * double(std::numeric_limits<T>::epsilon()), what);
 }
 
 double terms_of(const Shape& s) { return double(std::max<int64_t>(s.T * (s.H + std::max(s.I, s.D * s.H)) * s.L, s.T * s.B)); }
