@@ -57,7 +57,9 @@ double stream_bandwidth(int threads, int64_t bytes) {
   lease_all(held, threads);
   Lease& lease = *held;
   const int n = lease.size();
-  const int64_t count = std::max<int64_t>(bytes / 4, 128), rounds = std::max<int64_t>(1, (int64_t(64) << 20) / (count * 4));
+  const int64_t piece = 8 * kernels<float>().lanes;  // elements that `read` takes at a time
+  const int64_t count = std::max<int64_t>(bytes / 4 / piece, 1) * piece;
+  const int64_t rounds = std::max<int64_t>(1, (int64_t(64) << 20) / (count * 4));
   std::vector<Buffer> buffers;
   for (int i = 0; i < n; ++i) {
     buffers.emplace_back(count * 4);

@@ -28,7 +28,8 @@ struct Kernels {
   // Of rows `stride` apart, the first of which starts at a place, in 8-byte words; the same on every ISA, and a sum over pieces
   // of whole words. A row takes as many places as its stride has words.
   uint64_t (*hash)(const T* p, int64_t rows, ptrdiff_t stride, int64_t columns, uint64_t place);
-  // What the machine can do: floating-point operations done, and n elements read `rounds` times over (the sum is returned).
+  // What the machine can do: floating-point operations done, and n elements read `rounds` times over, n a multiple of 8
+  // vectors. What `read` returns only keeps the compiler from leaving out the work.
   double (*fma_chain)(int64_t rounds);
   T (*read)(const T* p, int64_t n, int64_t rounds);
 };

@@ -52,18 +52,18 @@ template <class T>
 T read(const T* p, int64_t n, int64_t rounds) {
   using V = Vec<T>;
   constexpr int chains = 8;
-  V sum[chains];
+  V most[chains];
 #pragma GCC unroll 8
-  for (int i = 0; i < chains; ++i) sum[i] = V(T(0));
+  for (int i = 0; i < chains; ++i) most[i] = V(T(0));
   for (int64_t r = 0; r < rounds; ++r) {
-    for (int64_t i = 0; i + chains * V::lanes <= n; i += chains * V::lanes)
+    for (int64_t i = 0; i < n; i += chains * V::lanes)
 #pragma GCC unroll 8
-      for (int k = 0; k < chains; ++k) sum[k] = max(sum[k], V::load(p + i + k * V::lanes));
+      for (int k = 0; k < chains; ++k) most[k] = max(most[k], V::load(p + i + k * V::lanes));
     asm volatile("" ::: "memory");  // the next round reads again
   }
-  for (int i = 1; i < chains; ++i) sum[0] += sum[i];
+  for (int i = 1; i < chains; ++i) most[0] = max(most[0], most[i]);
   T lanes[V::lanes];
-  sum[0].store(lanes);
+  most[0].store(lanes);
   return lanes[0];
 }
 
