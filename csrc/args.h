@@ -78,7 +78,7 @@ struct ForwardArgs {
   Rows<T> y;                      // H wide; read again as h_{t-1}
   Rows<T> copy;                   // a second copy of y, or base = null
   const T* state[max_states];     // (B, H) initial states, or null for zeros; row j starts at state_row[j]
-  T* final_state[max_states];     // (B, H) likewise
+  T* final_state[max_states];     // (B, H) likewise; may be state[s] where s > 0, and y of the last step where s = 0
   const ptrdiff_t* state_row;     // (B)
   // Panels: see gemm.h
   const T* w_ih;                  // [blocks of H][parts][I][input.count / parts * lanes], blocks ih_block apart

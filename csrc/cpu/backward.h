@@ -26,7 +26,7 @@ struct Backward {
   // Row i of the chunk's gradients of block b; rows [0, batch) are those of the step before the chunk.
   FUSEDRNN_INLINE T* gates(int64_t b, int64_t i) const { return a.gates + b * a.gates_block + i * slots; }
 
-  // Steps end - 1 down to begin, which the last call left off at.
+  // Steps end - 1 down to begin; the call before, if any, ran those from `end` on.
   void run(int64_t begin, int64_t end) const {
     const int64_t* active = f.schedule.active;
     int64_t done = f.schedule.offset[f.schedule.steps] - f.schedule.offset[end];  // rows reduced so far

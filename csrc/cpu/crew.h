@@ -76,8 +76,8 @@ class Crew {
   bool flows() const { return wave_.teams > 1; }
   bool tuned() const { return tuned_.active(); }  // one thread or several by measurement, not by the model
   // How many layers and directions run at the same time, and the number of one's among them: what each needs of its own.
-  int lanes() const { return flows() ? L_ : teams_; }
-  int lane(int64_t layer, int d) const { return flows() ? int(layer) : split() ? d : 0; }
+  int concurrent() const { return flows() ? L_ : teams_; }
+  int concurrent_index(int64_t layer, int d) const { return flows() ? int(layer) : split() ? d : 0; }
   int first_rank(int64_t layer, int d) const { return team_of(layer, d) * (threads_ / teams_); }
   const Plan& plan(int64_t layer) const { return plans_[layer]; }
   void wait(int rank) { all_.wait(rank); }

@@ -75,10 +75,10 @@ struct Forward {
       }
   }
 
-  // slots = bias + W_ih x, for blocks [b0, b1) of all rows of steps [c, end).
-  void input_product(int64_t c, int64_t end, int64_t first, int64_t last) const {
+  // slots = bias + W_ih x, for blocks [first, last) of all rows of steps [c, c_end).
+  void input_product(int64_t c, int64_t c_end, int64_t first, int64_t last) const {
     int64_t rows = 0;
-    for (int64_t s = c; s < end; ++s) rows += running(s);
+    for (int64_t s = c; s < c_end; ++s) rows += running(s);
     const Tiling tiling(rows, last - first, Cell::input.count);
     Tile<T> t;
     t.k = a.I, t.segments = 1;

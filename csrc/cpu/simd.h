@@ -1,5 +1,5 @@
 // The vector type of the CPU kernels: Vec<float> and Vec<double>, one register of the ISA this file is compiled for.
-// A kernel translation unit has its ISA's flags and -DFUSEDRNN_TARGET=avx512, avx2, v2 (x86-64-v2) or neon.
+// Who includes it has that ISA's flags and defines FUSEDRNN_TARGET: avx512, avx2, v2 (x86-64-v2) or neon.
 // Everything stands in a namespace of that name and is inlined, so that the linker can never hand one ISA's code to
 // another; for the same reason nothing here uses the C++ library.
 #pragma once

@@ -43,7 +43,7 @@ class BackwardPass {
     const int64_t widest = spec_.L > 1 ? std::max(spec_.I, width_) : spec_.I;
     const bool sums = wants_weights_ && (call_.adds || order_.rows() > reduction_rows);
     gates_block_ = (B_ + chunk_rows) * cell_.slots * lanes_ + lanes_;
-    work_.resize(crew_.lanes());
+    work_.resize(crew_.concurrent());
     arena_.want(&zeros_, {std::max(H_, lanes_) + lanes_});
     for (Work& w : work_) {
       arena_.want(&w.gates, {blocks, gates_block_});
@@ -143,7 +143,7 @@ class BackwardPass {
   void set_args(int64_t l, int d, const Sequence<const T>& dy) {
     const int64_t i = l * spec_.D + d;
     const bool back = spec_.backward_in_time(d);
-    const Work& w = work_[crew_.lane(l, d)];
+    const Work& w = work_[crew_.concurrent_index(l, d)];
     const auto& t = transposed_[i];
     BackwardArgs<T>& a = args_[i];
     a.dy = tables_.rows(dy, order_, back, d * H_);

@@ -70,7 +70,7 @@ class ForwardPass {
       pre_thread_ = std::max(pre_thread_, plan.chunk_steps * rows * units * cell_.slots);
       place_thread_ = std::max(place_thread_, rows);
     }
-    operand_.resize(crew_.lanes());
+    operand_.resize(crew_.concurrent());
     arena_.want(&pre_, {crew_.threads(), pre_thread_});
     arena_.want(&place_, {crew_.threads(), place_thread_});
     arena_.want(&zeros_, {H + lanes});
@@ -114,7 +114,7 @@ class ForwardPass {
     for (int q = 0; q < cell_.phases; ++q) a.w_hh[q] = p.w_hh[q], a.hh_block[q] = p.hh_block[q];
     a.turn = 0;
     a.saved = tape_ ? tape_->saved[i] : nullptr;
-    a.operand = tape_ ? tape_->operand[i] : operand_[crew_.lane(l, d)];
+    a.operand = tape_ ? tape_->operand[i] : operand_[crew_.concurrent_index(l, d)];
     a.pre = pre_ + crew_.first_rank(l, d) * pre_thread_, a.pre_thread = pre_thread_;
     a.place = place_ + crew_.first_rank(l, d) * place_thread_, a.place_thread = place_thread_;
     a.carry = carry_ ? carry_ + i * state : nullptr;
