@@ -52,7 +52,7 @@ class Fused(torch.nn.Module):
 
 
 def draw(generator: torch.Generator, device: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """The sum, over the last eight steps, of what a linear map takes from the input; and the input."""
+    """x, and for each step from the eighth on what its eight last steps' means add up to."""
     x = torch.randn(T, B, I, generator=generator)
     target = x.mean(-1).unfold(0, 8, 1).sum(-1)  # (T-7, B)
     return x.to(device), target.to(device)
@@ -79,7 +79,8 @@ def main() -> None:
     fused = Fused(layer.to(args.device))
     theirs = torch.nn.ModuleList([before, recurrent, after])
     ours = torch.nn.ModuleList([copy.deepcopy(before), fused, copy.deepcopy(after)])
-    theirs.to(args.device), ours.to(args.device)
+    for stack in (theirs, ours):
+        stack.to(args.device)
 
     generator = torch.Generator().manual_seed(1)
     x, target = draw(generator, args.device)
