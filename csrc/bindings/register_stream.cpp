@@ -13,7 +13,7 @@ std::string shape_text(const py::array& a) { return py::str(a.attr("shape")).cas
 
 class PyStream {
  public:
-  PyStream(const PySpec& s, const py::tuple&, const PyPanels& panels, int64_t B) : spec_(s.spec), B_(B) {
+  PyStream(const PySpec& s, const PyPanels& panels, int64_t B) : spec_(s.spec), B_(B) {
     with_type(s, [&](auto zero) {
       using T = decltype(zero);
       auto stream = std::make_unique<Stream<T>>(s.spec, panels.get<T>(), B);
@@ -201,9 +201,7 @@ PyMethodDef step_method = {"step", reinterpret_cast<PyCFunction>(reinterpret_cas
 
 void register_stream(py::module_& m) {
   py::class_<PyStream> stream(m, "Stream");
-  stream
-      .def(py::init<const PySpec&, const py::tuple&, const PyPanels&, int64_t>(), py::arg("spec"), py::arg("params"),
-           py::arg("panels"), py::arg("batch_size"))
+  stream.def(py::init<const PySpec&, const PyPanels&, int64_t>(), py::arg("spec"), py::arg("panels"), py::arg("batch_size"))
       .def("set_state", &PyStream::set_state, py::arg("state").none(true))
       .def_property_readonly("state", &PyStream::state)
       .def_property_readonly("batch_size", &PyStream::batch);

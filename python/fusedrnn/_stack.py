@@ -186,7 +186,7 @@ class Stack:
             tape._unclaim()
 
     def stream(self, weights: tuple[Array, ...], flat: Any, panels: Any, batch: int) -> Any:
-        return _core.Stream(self.spec, weights, panels, batch)
+        return _core.Stream(self.spec, panels, batch)
 
     # A cell's states are a tuple inside; outside, h stands alone where there is no c
 
