@@ -234,6 +234,12 @@ def run(args: argparse.Namespace) -> int:
     for name, text in about.items():
         print(f"{name:<9} {text}")
     rows: list[dict[str, Any]] = []
+
+    def keep(row: dict[str, Any]) -> None:  # at once: the next case may not come to its end
+        rows.append(row)
+        if args.json:
+            args.json.write_text(json.dumps({"machine": about, "rows": rows}, indent=1) + "\n")
+
     print(f"\n{'case':<78} {'ours µs':>10} {'spread':>7} {'theirs µs':>10} {'ratio':>6}  their best setting")
     for case in cases(args.quick):
         if args.only and args.only not in str(case) and args.only != case.group:
@@ -241,7 +247,7 @@ def run(args: argparse.Namespace) -> int:
         pair = Pair(case)
         if (off := pair.disagreement()) > 1:
             print(f"{case!s:<78} WRONG: {off:.3g} times the bound apart")
-            rows.append({**asdict(case), "disagreement": off})
+            keep({**asdict(case), "disagreement": off})
             continue
         times = measured(pair, args.rounds, args.slot_ms)
         ours = sorted(times.pop("fusedrnn"))
@@ -249,10 +255,8 @@ def run(args: argparse.Namespace) -> int:
         median = statistics.median(ours)
         spread, ratio = (ours[-1] - ours[0]) / median, theirs / median
         print(f"{case!s:<78} {median:10.1f} {spread:7.1%} {theirs:10.1f} {ratio:6.2f}  {best}", flush=True)
-        rows.append({**asdict(case), "ours": median, "theirs": theirs, "setting": best, "ratio": ratio})
+        keep({**asdict(case), "ours": median, "theirs": theirs, "setting": best, "ratio": ratio})
     _summary(rows)
-    if args.json:
-        args.json.write_text(json.dumps({"machine": about, "rows": rows}, indent=1) + "\n")
     return 1 if any("disagreement" in row for row in rows) else 0
 
 

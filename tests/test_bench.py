@@ -6,6 +6,7 @@ import json
 import sys
 from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -227,3 +228,18 @@ def test_gpu_says_that_it_needs_one(capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["gpu"])
     assert gpu.main() == 2
     assert "needs a GPU" in capsys.readouterr().err
+
+
+def test_gpu_writes_each_row_at_once(tmp_path, monkeypatch):
+    torch = pytest.importorskip("torch")
+    path = tmp_path / "gpu.json"
+    times = iter([{"fusedrnn": [1.0], "cuDNN": [2.0]}])  # of the first case; the next one fails
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(gpu._cuda_module, "module", lambda: SimpleNamespace(EMULATED=False))
+    monkeypatch.setattr(gpu, "machine", lambda torch: {})
+    monkeypatch.setattr(gpu, "Pair", lambda case: SimpleNamespace(disagreement=lambda: 0.0))
+    monkeypatch.setattr(gpu, "measured", lambda *args: next(times))
+    monkeypatch.setattr(sys, "argv", ["gpu", "--json", str(path)])
+    with pytest.raises(StopIteration):
+        gpu.main()
+    assert [row["ratio"] for row in json.loads(path.read_text())["rows"]] == [2.0]
