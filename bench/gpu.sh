@@ -18,10 +18,11 @@ fail() {
 }
 
 limited() {  # MINUTES COMMAND...: its children end with it; the shell hears Ctrl-C while it waits
-  timeout --kill-after=10 "$(($1 * ${PATIENCE:-1}))m" "${@:2}" &
+  timeout --kill-after=10 "$(($1 * PATIENCE))m" "${@:2}" &
   wait $!
 }
-trap 'kill "${!-}" 2>/dev/null; exit 130' INT TERM
+trap 'kill "${!-}" 2>/dev/null || true; exit 130' INT TERM
+case ${PATIENCE:=1} in *[!0-9]* | 0) echo "gpu.sh: PATIENCE must be a whole number, got $PATIENCE" >&2; exit 2 ;; esac
 try() {  # NAME MINUTES COMMAND...
   local status=0
   step "$1"
@@ -39,7 +40,9 @@ needs() {  # PART: adds to `missing` what it cannot do without; a test would ski
   case $1 in
     build) tools="nvcc cmake ninja" modules+=" pip scikit_build_core pybind11" ;;
     check | sanitize) modules+=" pytest hypothesis ml_dtypes" ;;
-    compare) python3 -c 'import torch; torch.cuda.init()' 2>/dev/null || missing+=("a torch that can use the GPU") ;;
+  esac
+  case $1 in
+    check | compare) python3 -c 'import torch; torch.cuda.init()' 2>/dev/null || missing+=("a torch that can use the GPU") ;;
   esac
   for name in $tools; do command -v "$name" >/dev/null || missing+=("$name"); done
   for name in $modules; do python3 -c "import $name" 2>/dev/null || missing+=("Python's $name"); done
@@ -72,7 +75,7 @@ check() {
   try "Tests of the core on the card" 15 "$work/build/test_cuda"
   try "Tests of the module on the card" 15 python3 -m pytest tests/test_device*.py
   try "Tests of the layers on the card" 30 \
-    python3 -m pytest tests/test_{api,bits,dropout,errors,kernels,lengths_api,pickle,tape}.py -k "cuda or many_blocks"
+    python3 -m pytest tests/test_{api,bits,dropout,errors,examples,kernels,lengths_api,pickle,tape}.py -k "cuda or many_blocks"
 }
 
 sanitize() {

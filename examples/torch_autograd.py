@@ -3,6 +3,8 @@
 `Fused` is a torch.nn.Module: gradients flow through it to whatever made its input, and its one parameter is
 the layer's own buffer, which any optimiser of PyTorch updates in place. On the CPU tensors and numpy arrays
 share their memory; on a GPU the layer takes tensors as they are. Neither is copied.
+
+Gradients of gradients are an error. To move or to copy a `Fused`, move or copy its layer and make another.
 """
 
 from __future__ import annotations
@@ -30,13 +32,15 @@ class Call(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, flat: torch.Tensor, layer: fr.LSTM) -> torch.Tensor:
         y, _, ctx.tape = layer.forward(given(x))
-        ctx.layer, ctx.wrt = layer, {"x", "params"} if ctx.needs_input_grad[0] else {"params"}
+        ctx.layer = layer
         return torch.as_tensor(y)
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        grads = ctx.layer.backward(ctx.tape, given(dy), wrt=ctx.wrt)
-        return None if grads.x is None else torch.as_tensor(grads.x), torch.as_tensor(grads.flat), None
+        wrt = [name for name, needed in zip(("x", "params"), ctx.needs_input_grad, strict=False) if needed]
+        grads = ctx.layer.backward(ctx.tape, given(dy), wrt=wrt)
+        return *(None if g is None else torch.as_tensor(g) for g in (grads.x, grads.flat)), None
 
 
 class Fused(torch.nn.Module):
@@ -46,8 +50,13 @@ class Fused(torch.nn.Module):
         super().__init__()
         self.layer = layer
         self.flat = torch.nn.Parameter(torch.from_dlpack(layer.flat_params))  # its memory, not a copy
+        self.memory = self.flat.data_ptr()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.flat.data_ptr() != self.memory:  # so after deepcopy, .to() and unpickling
+            raise RuntimeError("Fused: its parameter is the layer's memory no longer: make another Fused")
+        if not torch.is_grad_enabled():
+            return torch.as_tensor(self.layer(given(x))[0])  # keeps no tape, and drops nothing
         return Call.apply(x, self.flat, self.layer)
 
 
@@ -73,6 +82,7 @@ def main() -> None:
     args = parser.parse_args()
 
     torch.manual_seed(0)
+    torch.backends.cudnn.allow_tf32 = False  # as here
     before, recurrent, after = torch.nn.Linear(I, I), torch.nn.LSTM(I, H, num_layers=2), torch.nn.Linear(H, 1)
     layer = fr.LSTM(I, H, num_layers=2)
     layer.load_state_dict(recurrent.state_dict())

@@ -77,6 +77,8 @@ def test_bfloat16_is_rounded_once():
         got, want = (fr.device_array(a, dtype="bfloat16").numpy(np.float64) for a in (half * scale, clear))
         assert_same_bits({"a": got}, {"a": want})
     alone = fr.device_array(np.array(1.5), dtype="bfloat16")
+    assert fr.device_array(alone).dtype == alone.dtype
+    assert fr.device_array(alone, dtype="f4").dtype == np.float32
     assert alone.shape == () and alone.numpy(np.float32).shape == () and alone.numpy(np.float32) == 1.5
     ends = fr.device_array(np.array([3.4e38, -3.4e38, np.inf, np.nan, 0.0]), dtype="bfloat16")
     np.testing.assert_array_equal(ends.numpy(np.float32), [np.inf, -np.inf, np.inf, np.nan, 0.0])
@@ -169,6 +171,24 @@ def test_pytorch_is_asked_on_the_arrays_device_and_with_a_plain_number(monkeypat
         handle = _device_array.StreamHandle(stream, None)
         assert _device_interop._capsule("lstm", "x", _Torchs(), handle) == given
     assert not _Torchs.current
+
+
+@needs_gpu
+@pytest.mark.skipif(EMULATED, reason="PyTorch's streams are a real GPU's")
+def test_a_call_runs_on_pytorchs_current_stream():
+    torch = pytest.importorskip("torch")
+    call = draw(gpu_case(state="zeros"))
+    x, dy = (torch.from_numpy(a).cuda() for a in (call.x, call.dy))
+    torch.cuda.synchronize()
+
+    def compute():
+        y, _, tape = call.layer.forward(x)
+        grads = call.layer.backward(tape, dy)
+        return {"y": y.cpu().numpy(), "dx": grads.x.cpu().numpy(), "flat": grads.flat.cpu().numpy()}
+
+    want = compute()
+    with torch.cuda.stream(torch.cuda.Stream()):
+        assert_same_bits(compute(), want)
 
 
 class _Pinned(_Lender):
@@ -413,10 +433,13 @@ def test_a_streams_state_is_copied_after_what_made_it_and_before_it_may_change(m
 @needs_gpu
 def test_a_streams_state_belongs_to_who_steps_it():
     stream = draw(gpu_case()).layer.freeze().stream(B)
-    with stream._kernel._alone():  # as while a step runs
-        for use in (stream.reset, lambda: stream.state, lambda: stream.step(np.zeros((B, I), np.float32))):
-            with pytest.raises(RuntimeError, match="another thread is using this stream"):
+    x = np.zeros((B, I), np.float32)
+    with stream._kernel._alone("step"):  # as while a step runs
+        for use in (stream.reset, lambda: stream.state):
+            with pytest.raises(RuntimeError, match=r"^stream\.state: another thread is using this stream"):
                 use()
+        with pytest.raises(RuntimeError, match=r"^stream\.step: another thread is using this stream"):
+            stream.step(x)
     stream.reset()
 
 

@@ -1,5 +1,6 @@
 """Every example runs in its quick mode, and what it prints is what it promises."""
 
+import copy
 import importlib.util
 import re
 import subprocess
@@ -7,6 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from devices import EMULATED, PROBLEM
+
+import fusedrnn as fr
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 README = EXAMPLES.parent / "README.md"
@@ -77,12 +81,34 @@ def test_forecast(tmp_path):
     assert by_name["order 2 and 2 GRUs"] < by_name["autoregression of order 2"]
 
 
-def test_torch_autograd(tmp_path):
-    pytest.importorskip("torch")
-    out = run("torch_autograd.py", cwd=tmp_path)
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_torch_autograd(device, tmp_path):
+    torch = pytest.importorskip("torch")
+    if device == "cuda" and (PROBLEM or EMULATED or not torch.cuda.is_available()):
+        pytest.skip("PyTorch's tensors and ours must lie on one GPU")
+    out = run("torch_autograd.py", "--device", device, cwd=tmp_path)
     apart = re.search(r"gradients of 13,643 parameters differ by (\S+) of their norm", out)
     assert float(apart[1]) < 1e-5
     losses = [(float(a), float(b)) for a, b in re.findall(r"loss (\S+) torch.nn.LSTM, (\S+) fusedrnn", out)]
     assert len(losses) == 5
     assert all(a == pytest.approx(b, rel=0.02) for a, b in losses)
     assert losses[-1][1] < losses[0][1] / 2
+
+
+def test_what_a_part_of_autograd_refuses(monkeypatch):
+    torch = pytest.importorskip("torch")
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    from torch_autograd import Fused
+
+    fused = Fused(fr.LSTM(3, 4, dropout=0.5, num_layers=2, seed=0))
+    x = torch.ones(2, 1, 3, requires_grad=True)
+    with torch.no_grad():
+        assert torch.equal(fused(x), torch.from_numpy(fused.layer(x.detach().numpy())[0]))
+    (grad,) = torch.autograd.grad((fused(x) ** 2).sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
+    fused.flat.requires_grad_(False)
+    fused(x).sum().backward()
+    assert x.grad is not None and fused.flat.grad is None
+    with pytest.raises(RuntimeError, match="its parameter is the layer's memory no longer"):
+        copy.deepcopy(fused)(x)

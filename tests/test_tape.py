@@ -239,9 +239,10 @@ def test_accumulate_into_takes_numpys_gradients_however_they_lie(device, through
     close(total.x, first.astype(np.float64) + second, T * B * H, np.sqrt(T * B), backward=True)
     tape = layer.forward(normal(B, T, I))[-1]
     for x in (np.repeat(total.x, 2, axis=-1)[..., ::2], np.broadcast_to(total.x[:1], total.x.shape)):
-        total.x = put(device, x)
-        with pytest.raises(ValueError, match="accumulate_into's gradient of x must be"):
-            layer.backward(tape, put(device, dy), wrt="x", accumulate_into=total)
+        for where in ("cpu", device):  # numpy's, or what lies on the GPU
+            total.x = put(where, x)
+            with pytest.raises(ValueError, match="accumulate_into's gradient of x must be"):
+                layer.backward(tape, put(where, dy), wrt="x", accumulate_into=total)
 
 
 @pytest.mark.parametrize("batch_first", [False, True])

@@ -75,15 +75,18 @@ class Seats {
 
  private:
   void leave(int rank) {
-    // To where its caller may run, or it may already. Asked for each time: since the last, the process may have been given others.
+    // To a core that its caller has, or that it was given itself; what it has left before is no less its own. Asked for each
+    // time, since somebody may have given it others.
+    static thread_local cpu_set_t given, taken;  // `taken`: what is left of these, as set here
     cpu_set_t own, set;
     if (sched_getaffinity(0, sizeof own, &own) != 0 || pthread_getaffinity_np(caller_, sizeof set, &set) != 0) return;
-    CPU_OR(&set, &set, &own);
+    if (!CPU_EQUAL(&own, &taken)) given = own;
+    CPU_OR(&set, &set, &given);
     for (int r = 0; r < rank; ++r) {
       const int cpu = place_[r].load(std::memory_order_relaxed) - 1;
       if (cpu >= 0 && cpu < CPU_SETSIZE) CPU_CLR(cpu, &set);
     }
-    if (CPU_COUNT(&set) > 0) sched_setaffinity(0, sizeof set, &set);
+    if (CPU_COUNT(&set) > 0 && sched_setaffinity(0, sizeof set, &set) == 0) taken = set;
   }
 
   static constexpr int seats = 256;

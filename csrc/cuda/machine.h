@@ -10,7 +10,7 @@ namespace fusedrnn::cuda {
 
 struct Machine {
   std::string name;
-  int major = 0, minor = 0;      // compute capability; of one that is not capable nothing else is known
+  int major = 0, minor = 0;      // compute capability; of one that is not capable only its processors are known
   bool is_capable() const { return major >= 8; }
   int processors = 0;            // streaming multiprocessors
   int64_t shared_per_block = 0;  // bytes, the most that a block may ask for

@@ -185,7 +185,7 @@ def probability(where: str, name: str, value: Any) -> float:
     """`value` as a float in [0, 1): dropping everything leaves nothing to scale up."""
     if isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, float, np.integer, np.floating)):
         raise TypeError(f"{where}: {name} must be a number, got {value!r}")
-    if not 0.0 <= value < 1.0:
+    if not 0.0 <= value < 1.0 or float(value) == 1.0:  # as a wider type's may be
         raise ValueError(f"{where}: {name} must be in [0, 1), got {value}")
     return float(value)
 

@@ -106,8 +106,9 @@ class Device:
         return checked
 
     @staticmethod
-    def holds_rows(a: DeviceArray) -> bool:
-        return _check.holds_rows(a._shadow)
+    def laid_out(a: DeviceArray) -> Array:
+        """A numpy array that lies as the caller's does: the caller's own, where `a` is its copy."""
+        return a._shadow if a._source is None else a._source
 
     def overlap(self, a: DeviceArray, b: DeviceArray) -> bool:
         if a._source is not None and b._source is not None:
@@ -250,9 +251,7 @@ def device_array(array: Any, device: Any = "cuda", dtype: Any = None) -> DeviceA
     name = parsed(where, device)
     if name == "cpu":
         raise ValueError(f"{where}: device must be a GPU, 'cuda' or 'cuda:N', got {device!r}")
-    if isinstance(array, DeviceArray):
-        array = array.numpy(np.float32) if array.dtype is bfloat16 else array.numpy()
-    if not isinstance(array, ndarray):
+    if not isinstance(array, (ndarray, DeviceArray)):
         raise TypeError(
             f"{where}: array must be a numpy.ndarray or a DeviceArray, got {type(array).__name__}"
         )
@@ -261,5 +260,8 @@ def device_array(array: Any, device: Any = "cuda", dtype: Any = None) -> DeviceA
     for what, which in (("array must have dtype", own), ("dtype must be", wanted)):
         if which not in _dtypes.DEVICE:
             raise TypeError(f"{where}: {what} float32, float64, float16 or bfloat16, got {which}")
-    array = _check.array(where, "array", array, own)
+    if isinstance(array, DeviceArray):
+        array = _dtypes.widened(array._host(), own)
+    else:
+        array = _check.array(where, "array", array, own)
     return Device(int(name.partition(":")[2])).upload(_dtypes.narrowed(array, wanted), wanted)

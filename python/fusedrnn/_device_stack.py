@@ -124,10 +124,10 @@ class DeviceStream:
         self._busy = threading.Lock()
 
     @contextmanager
-    def _alone(self) -> Iterator[None]:
+    def _alone(self, what: str) -> Iterator[None]:
         if not self._busy.acquire(blocking=False):
             raise RuntimeError(
-                "stream.step: another thread is using this stream; give each thread a stream of its own"
+                f"stream.{what}: another thread is using this stream; give each thread a stream of its own"
             )
         try:
             yield
@@ -135,7 +135,7 @@ class DeviceStream:
             self._busy.release()
 
     def step(self, x: Any, out: Any = None) -> Any:
-        with self._alone():
+        with self._alone("step"):
             return self._step(x, out)
 
     def _step(self, x: Any, out: Any) -> Any:
@@ -168,14 +168,14 @@ class DeviceStream:
             return out
 
     def set_state(self, state: Any) -> None:
-        with self._alone(), Call(self._stack.on, self._stack.where, "state", None):
+        with self._alone("state"), Call(self._stack.on, self._stack.where, "state", None):
             self._state = None if state is None else tuple(
                 [self._zeros() if s is None else s.copy() for s in state]
             )
 
     @property
     def state(self) -> tuple[DeviceArray, ...]:
-        with self._alone():
+        with self._alone("state"):
             if self._state is None:
                 return tuple([self._zeros() for _ in range(self._stack.states)])
             return tuple([s.copy() for s in self._state])

@@ -294,11 +294,13 @@ class Stack:
                 )
             for array in _tuple(held) if want else ():
                 self.on.shaped(where, f"accumulate_into's gradient of {name}", array, self.dtype, shape)
-                flags = array.flags
-                if not (flags.writeable and self.on.holds_rows(array) if name == "x" else flags.carray):
+                held = self.on.laid_out(array)
+                fits = held.flags.writeable and _check.holds_rows(held) if name == "x" else held.flags.carray
+                if not fits:
+                    kind = "an" if held.flags.writeable else "a read-only"
                     raise ValueError(
                         f"{where}: accumulate_into's gradient of {name} must be what backward made, "
-                        f"got an array with strides {array.strides}"
+                        f"got {kind} array with strides {held.strides}"
                     )
         return into
 
