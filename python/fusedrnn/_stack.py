@@ -297,10 +297,10 @@ class Stack:
                 held = self.on.laid_out(array)
                 fits = held.flags.writeable and _check.holds_rows(held) if name == "x" else held.flags.carray
                 if not fits:
-                    kind = "an" if held.flags.writeable else "a read-only"
+                    an = "an" if held.flags.writeable else "a read-only"
                     raise ValueError(
                         f"{where}: accumulate_into's gradient of {name} must be what backward made, "
-                        f"got {kind} array with strides {held.strides}"
+                        f"got {an} array with strides {held.strides}"
                     )
         return into
 
