@@ -294,13 +294,13 @@ class Stack:
                 )
             for array in _tuple(held) if want else ():
                 self.on.shaped(where, f"accumulate_into's gradient of {name}", array, self.dtype, shape)
-                held = self.on.laid_out(array)
-                fits = held.flags.writeable and _check.holds_rows(held) if name == "x" else held.flags.carray
+                own = self.on.laid_out(array)
+                fits = own.flags.writeable and _check.holds_rows(own) if name == "x" else own.flags.carray
                 if not fits:
-                    an = "an" if held.flags.writeable else "a read-only"
+                    an = "an" if own.flags.writeable else "a read-only"
                     raise ValueError(
                         f"{where}: accumulate_into's gradient of {name} must be what backward made, "
-                        f"got {an} array with strides {held.strides}"
+                        f"got {an} array with strides {own.strides}"
                     )
         return into
 
