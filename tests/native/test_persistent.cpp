@@ -51,9 +51,6 @@ struct Case {
   }
 };
 
-// Roundings add up like a random walk: what is wrong in a sixth of a product's terms is beyond this, in 16 bits too.
-constexpr double of_outputs = 1.0 / 8, of_gradients = 1.0 / 2;  // times eps and the logarithm of the terms
-
 // Numbers that T can hold.
 template <class T>
 void round(std::vector<double>& v) {
@@ -292,10 +289,10 @@ void check_case(const Case& c) {
   Layer<T> layer(c, p);
   const PersistentPlan plan = layer.plan(false);
   if (!check(!plan.reason && !layer.plan(true).reason, name + ": there is a plan")) return;
-  const double epsilon = c.tf32 ? 0x1p-10 : Type<T>::epsilon, terms = fmax(4, ceil(log2(double(c.shape.H * c.shape.T))));
+  const double epsilon = c.tf32 ? 0x1p-10 : Type<T>::epsilon, terms = double(c.shape.H * c.shape.T);
   const Arrays<double> want = reference_forward(p, false), got = layer.forward(true);
   for (size_t i = 0; i < want.size(); ++i)
-    close(got[i], want[i], of_outputs * terms * epsilon, name + ": forward output " + std::to_string(i));
+    close(got[i], want[i], rounding(epsilon, terms, false), name + ": forward output " + std::to_string(i));
   if (!once) check(same_bits(got, Layer<T>(c, p).forward(false)), name + ": training changes no bit");
   if (!once && c.projecting == 0)
     check(same_bits(got, Layer<T>(c, p).forward(true, 2)), name + ": pieces of time change no bit");
@@ -305,7 +302,7 @@ void check_case(const Case& c) {
   const auto inputs = p.inputs();
   check(exact.size() == grads.size(), name + ": a gradient for every input");
   for (size_t i = 0; i < exact.size() && i < grads.size(); ++i)
-    close(grads[i], exact[i], of_gradients * terms * epsilon, name + ": gradient of " + inputs[i].first);
+    close(grads[i], exact[i], rounding(epsilon, terms, true), name + ": gradient of " + inputs[i].first);
   for (uint64_t seed = 1; seed <= 2 && !once; ++seed) {
     emulated::set_seed(seed * 7919);
     Layer<T> again(c, p);

@@ -16,6 +16,13 @@ inline double norm(const std::vector<double>& v) {
   return sqrt(sum);
 }
 
+// How far results of many terms may be off, relative to what is typical. Roundings add up like a random walk: what is wrong in
+// a sixth of a product's terms is beyond this, in 16 bits too.
+inline double log_of(double terms) { return fmax(4, ceil(log2(fmax(1, terms)))); }
+inline double rounding(double epsilon, double terms, bool backward) {
+  return (backward ? 1.0 / 2 : 1.0 / 8) * epsilon * log_of(terms);
+}
+
 // ||got - want|| within `bound` of what is typical; NaN never is.
 inline void close(const std::vector<double>& got, const std::vector<double>& want, double bound, const std::string& what) {
   std::vector<double> error(want.size());
