@@ -57,7 +57,7 @@ def bench(session: nox.Session) -> None:
 
 @nox.session
 def lint(session: nox.Session) -> None:
-    session.install("ruff", "clang-format==23.1.5")
+    session.install("ruff==0.17.6", "clang-format==23.1.5")
     session.run("ruff", "check", *session.posargs)
     sources = session.run("git", "ls-files", "*.h", "*.cpp", "*.cu", "*.cuh", external=True, silent=True)
     session.run("clang-format", "--dry-run", "--Werror", *sources.split())
@@ -65,5 +65,5 @@ def lint(session: nox.Session) -> None:
 
 @nox.session
 def typing(session: nox.Session) -> None:
-    session.install("mypy", "numpy", "matplotlib", "onnx")  # those that ship types
+    session.install("mypy==2.4.1", "numpy", "matplotlib", "onnx")  # those that ship types
     session.run("mypy", "--strict", "python/fusedrnn", "bench")

@@ -1,3 +1,4 @@
+// Sequences sorted by length, so that those still running at a step are the first.
 #include "order.h"
 
 #include <algorithm>

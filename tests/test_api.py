@@ -2,7 +2,8 @@
 
 import inspect
 import re
-from itertools import product
+import tracemalloc
+from itertools import product, repeat
 
 import numpy as np
 import pytest
@@ -470,16 +471,41 @@ def test_reference_is_called_the_same_way(name, suffix):
     assert got == [(p.name, p.kind, p.default) for p in reference]
 
 
+def test_a_step_into_out_allocates_no_array(normal):
+    stream, x_t, h = fr.GRU(9, 500, seed=0).freeze().stream(), normal(9), np.empty(500, np.float32)
+    stream.step(x_t, out=h)
+    tracemalloc.start()
+    try:
+        before, _ = tracemalloc.get_traced_memory()
+        tracemalloc.reset_peak()
+        for _ in repeat(None, 20):
+            stream.step(x_t, out=h)
+        after, peak = tracemalloc.get_traced_memory()
+        assert after == before and peak - before < h.nbytes // 4
+        tracemalloc.reset_peak()
+        stream.step(x_t)
+        assert tracemalloc.get_traced_memory()[1] - before >= h.nbytes, "a new array is seen"
+    finally:
+        tracemalloc.stop()
+
+
 def test_every_public_name_is_documented():
     for name in fr.__all__:
         thing = getattr(fr, name)
         assert inspect.getdoc(thing), name
         methods = vars(thing).items() if thing in (fr.Layer, fr.Frozen, fr.Stream) else ()
         for member, value in methods:
-            if member == "__call__" or (
-                not member.startswith("_") and member not in ("cells", "params", "nbytes")
-            ):
+            if member == "__call__" or (not member.startswith("_") and member != "cells"):
                 assert inspect.getdoc(value), (name, member)
+
+
+def test_functions_document_what_they_take_give_and_raise():
+    families = ("lstm", "gru", "rnn")
+    for name in [f + form for f in families for form in ("", "_forward", "_backward", "_cell")]:
+        lines = inspect.getdoc(getattr(fr, name)).splitlines()
+        assert {"Parameters", "Returns", "Raises"} <= set(lines), name
+        for argument in inspect.signature(getattr(fr, name)).parameters:
+            assert any(re.match(rf"(\w+, )*{argument}\b", line) for line in lines), (name, argument)
 
 
 def test_load_state_dict_takes_what_converts_to_an_array():

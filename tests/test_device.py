@@ -459,6 +459,20 @@ def test_after_a_fork_the_gpu_is_refused_with_a_reason():
 
 
 @needs_gpu
+@pytest.mark.parametrize("wrong", ["4G", "-1", "1e9", "99999999999999999999"])
+def test_what_the_pool_keeps_is_a_number_of_bytes(wrong):
+    code = """if True:
+        import numpy as np, fusedrnn as fr
+        try:
+            fr.LSTM(3, 4, device="cuda")(np.zeros((2, 1, 3), np.float32))
+        except ValueError as error:
+            print(error)"""
+    told = f"FUSEDRNN_CUDA_POOL_BYTES must be a number of bytes, got '{wrong}'\n"
+    assert python(code, FUSEDRNN_CUDA_POOL_BYTES=wrong) == told
+    assert python(code, FUSEDRNN_CUDA_POOL_BYTES="0") == ""
+
+
+@needs_gpu
 def test_threads_share_a_layer_there():
     call = draw(gpu_case(L=2))
     frozen, given = call.layer.freeze(), there(call)

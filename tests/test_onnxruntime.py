@@ -1,6 +1,6 @@
-"""Forward passes against ONNX Runtime's operators: directions, lengths, initial states, biases, stacks, both GRUs.
+"""Forward passes against ONNX Runtime: directions, lengths, initial states, biases, stacks, both GRUs.
 
-Its float32 operators are the only ones that it has, and have no gradients.
+It has these operators in float32 only, and no gradients.
 """
 
 import numpy as np
@@ -29,7 +29,11 @@ def reordered(array, order):
 
 
 def session_of(case, layer, direction):
-    """A node a layer; inputs X (T, B, I), lengths (B,), h and c (L*D, B, H); outputs Y (T, B, D*H), h_n and c_n."""
+    """A node a layer.
+
+    Inputs X (T, B, I), lengths (B,), and a layer's h0, c0, h1, .. (D, B, H) where they are given; outputs
+    y (T, B, D*H) and h_n0, h_n1, .., c_n0, .. (D, B, H).
+    """
     kind = type(layer).__name__
     states = ("h", "c") if case.cell == "lstm" else ("h",)
     attributes = {k: v * case.D if isinstance(v, list) else v for k, v in ATTRIBUTES[case.cell].items()}
@@ -65,7 +69,9 @@ def session_of(case, layer, direction):
         if case.state in ("given", s):
             inputs += [tensor(f"{s}{n}", TensorProto.FLOAT, (case.D, case.B, case.H)) for n in levels]
     outputs = [tensor(given, TensorProto.FLOAT, (case.T, case.B, case.D * case.H))]
-    outputs += [tensor(f"{s}_n{n}", TensorProto.FLOAT, (case.D, case.B, case.H)) for s in states for n in levels]
+    outputs += [
+        tensor(f"{s}_n{n}", TensorProto.FLOAT, (case.D, case.B, case.H)) for s in states for n in levels
+    ]
     weights.append(numpy_helper.from_array(np.array([0, 0, -1]), "wide"))
     graph = helper.make_graph(nodes, "stack", inputs, outputs, weights)
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 14)], ir_version=8)

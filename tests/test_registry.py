@@ -6,6 +6,7 @@ from bound import OFFERED, Case, draw, run
 
 import fusedrnn as fr
 from fusedrnn import _core, reference
+from fusedrnn.bench import shapes
 
 NAMES = [row["name"] for row in _core.CELLS]
 
@@ -20,6 +21,7 @@ def test_every_cell_is_offered_by_one_class():
     offered = [name for kind in (fr.LSTM, fr.GRU, fr.RNN) for name in kind.cells]
     assert sorted(offered) == sorted(NAMES)
     assert set(OFFERED) == set(NAMES), "the tests must reach every cell"
+    assert {cell.registered for cell in shapes.CELLS.values()} == set(NAMES), "and the benchmark"
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -394,7 +394,7 @@ PYBIND11_MODULE(_cuda, m, pybind11::mod_gil_not_used()) {
     } catch (const cuda::AddedInPart& error) {
       PyObject* const kind = error.out_of_memory ? PyExc_MemoryError : PyExc_RuntimeError;
       py::object made = py::reinterpret_borrow<py::object>(kind)(error.what());
-      made.attr("added_in_part") = true;  // _stack.py asks for it
+      made.attr("added_in_part") = true;  // _device_stack.py asks for it
       PyErr_SetObject(kind, made.ptr());
     }
   });

@@ -1,3 +1,4 @@
+// Forward and backward passes of a stack for Python: arrays become pointers, the GIL is released. No maths.
 #include "bindings/arrays.h"
 
 namespace fusedrnn::bindings {

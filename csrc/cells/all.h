@@ -1,4 +1,4 @@
-// THE list of cells. Instantiation, dispatch, bindings, tests and benchmarks iterate it; the order is the cell's number.
+// THE list of cells. Instantiation, dispatch, bindings and native programs iterate it; the order is the cell's number.
 #pragma once
 
 #include "cells/gru.h"

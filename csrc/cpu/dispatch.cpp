@@ -1,3 +1,4 @@
+// Which ISAs this CPU has, by what -march lets the compiler use, and which kernels are taken.
 #include "cpu/dispatch.h"
 
 #include <stdlib.h>

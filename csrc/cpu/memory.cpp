@@ -1,3 +1,4 @@
+// Where workspace comes from: large blocks are kept from call to call.
 #include "cpu/memory.h"
 
 #include <stdlib.h>

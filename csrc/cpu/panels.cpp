@@ -1,3 +1,4 @@
+// Where each weight goes in a stack's panels. How a panel is packed is in gemm.h.
 #include "cpu/panels.h"
 
 #include "cpu/dispatch.h"

@@ -1,3 +1,4 @@
+// The cost model of a layer on a CPU, and the search for the cheapest plan. Runs nothing.
 #include "cpu/plan.h"
 
 #include "cpu/threads.h"

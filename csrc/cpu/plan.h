@@ -1,5 +1,5 @@
-// How a layer's work is cut over threads, time and rows. A plan is a pure function of the sizes and the machine, and of
-// `several` below; it changes how long a call takes and never what it returns.
+// How a layer's work is cut over threads, time and rows. A plan is a function of the sizes, the machine and `several` below,
+// and in tests of what overrides it; it changes how long a call takes and never what it returns.
 #pragma once
 
 #include <vector>

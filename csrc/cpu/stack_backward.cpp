@@ -1,3 +1,4 @@
+// The backward pass of a stack: the tape is checked, transposed panels are packed, then layer after layer or as a wavefront.
 #include <stdexcept>
 
 #include "cpu/checksums.h"

@@ -1,3 +1,4 @@
+// The forward pass of a stack: panels are packed, a tape filled where one is given, layer after layer or as a wavefront.
 #include <memory>
 
 #include "cpu/checksums.h"

@@ -1,3 +1,4 @@
+// How a tape's arrays lie in its one block of memory.
 #include "cpu/tape.h"
 
 namespace fusedrnn {

@@ -1,3 +1,4 @@
+// The pool, its leases and its barriers; how many threads there may be. Knows nothing of layers.
 #include "cpu/threads.h"
 
 #include "cpu/denormals.h"

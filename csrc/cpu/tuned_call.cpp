@@ -1,3 +1,4 @@
+// What calls of a kind were measured to take on one thread and on several, process-wide.
 #include "cpu/tuned_call.h"
 
 #include <atomic>

@@ -1,3 +1,4 @@
+// cuBLASLt, opened at run time, and the large products through it. Nothing of it is linked.
 #include "cuda/blas.h"
 
 #include <dlfcn.h>

@@ -1,3 +1,4 @@
+// What a failed CUDA call becomes, and which passes an asynchronous failure may come from.
 #include "cuda/check.h"
 
 #include <atomic>

@@ -1,3 +1,4 @@
+// Kernels that touch each element once: packed rows, dropout, states, checksums; and the bias gradients' sums.
 #include "cuda/elementwise.h"
 
 #include <algorithm>

@@ -1,3 +1,4 @@
+// What the plans need to know of a GPU, asked for once.
 #include "cuda/machine.h"
 
 #include <map>

@@ -1,11 +1,16 @@
+// The pool of each GPU and what is placed in it.
 #include "cuda/memory.h"
 
 #include <stdlib.h>
+#include <string.h>
 
 #include <algorithm>
 #include <atomic>
+#include <charconv>
 #include <map>
 #include <mutex>
+#include <stdexcept>
+#include <string>
 
 #include "cpu/memory.h"
 #include "cuda/check.h"
@@ -40,7 +45,14 @@ bool is_forked() { return forked.load(std::memory_order_relaxed); }
 
 uint64_t kept_bytes(int device) {
   const char* text = getenv("FUSEDRNN_CUDA_POOL_BYTES");
-  if (text && *text) return strtoull(text, nullptr, 10);
+  if (text && *text) {
+    uint64_t bytes = 0;
+    const char* const end = text + strlen(text);
+    const auto [past, error] = std::from_chars(text, end, bytes);
+    if (error != std::errc() || past != end)
+      throw std::invalid_argument(std::string("FUSEDRNN_CUDA_POOL_BYTES must be a number of bytes, got '") + text + "'");
+    return bytes;
+  }
   const OnDevice on(device);
   size_t free = 0, all = 0;
   FUSEDRNN_CUDA(cudaMemGetInfo(&free, &all));

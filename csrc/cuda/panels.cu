@@ -1,3 +1,4 @@
+// Where the weights and biases of a stack go, as forward passes read them.
 #include "cuda/panels.h"
 
 #include "cuda/check.h"

@@ -1,3 +1,4 @@
+// The persistent kernels of bfloat16.
 #include "cuda/persistent_launch.cuh"
 
 namespace fusedrnn::cuda {

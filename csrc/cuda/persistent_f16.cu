@@ -1,3 +1,4 @@
+// The persistent kernels of float16.
 #include "cuda/persistent_launch.cuh"
 
 namespace fusedrnn::cuda {

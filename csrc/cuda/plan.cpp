@@ -1,3 +1,4 @@
+// Which path a layer takes on a GPU, and when its input is projected. Launches nothing.
 #include "cuda/plan.h"
 
 #include <algorithm>

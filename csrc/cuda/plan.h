@@ -1,4 +1,4 @@
-// Which path a layer takes on a GPU, and why: a pure, printable value of the shape and the machine.
+// Which path a layer takes on a GPU, and why: a printable value of the shape, the machine and, in tests, what overrides it.
 #pragma once
 
 #include <string>

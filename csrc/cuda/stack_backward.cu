@@ -1,3 +1,4 @@
+// The backward pass of a stack on a GPU: recurrences from the top layer down, large products, the check of the tape.
 #include <optional>
 #include <stdexcept>
 

@@ -1,3 +1,4 @@
+// The forward pass of a stack on a GPU: inputs projected, recurrences from the bottom layer up.
 #include <algorithm>
 
 #include "cuda/panels.h"

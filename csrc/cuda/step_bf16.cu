@@ -1,3 +1,4 @@
+// The step kernels of bfloat16.
 #include "cuda/step.cuh"
 
 namespace fusedrnn::cuda {

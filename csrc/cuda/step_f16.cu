@@ -1,3 +1,4 @@
+// The step kernels of float16.
 #include "cuda/step.cuh"
 
 namespace fusedrnn::cuda {

@@ -1,3 +1,4 @@
+// The step kernels of float32, without tensor cores.
 #include "cuda/step.cuh"
 
 namespace fusedrnn::cuda {

@@ -1,3 +1,4 @@
+// The step kernels of float32 with factors rounded to TF32.
 #include "cuda/step.cuh"
 
 namespace fusedrnn::cuda {

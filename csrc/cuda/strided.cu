@@ -1,3 +1,4 @@
+// Copies between arrays of any strides, for DeviceArray.
 #include "cuda/strided.h"
 
 #include <algorithm>

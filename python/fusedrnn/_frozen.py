@@ -85,10 +85,12 @@ class Frozen(Configured, Generic[State]):
 
     @property
     def params(self) -> Params:
+        """Read-only views of the weights by PyTorch's names."""
         return self._params
 
     @property
     def nbytes(self) -> int:
+        """Bytes of the weights and of their packed copy."""
         return int(self._flat.nbytes + self._panels.nbytes)
 
     def to(self, device: Any = None, dtype: npt.DTypeLike | None = None) -> Frozen[State]:

@@ -219,7 +219,25 @@ def lstm_forward(
     *,
     out: Array | None = None,
 ) -> tuple[Array, Array, Array, Tape]:
-    """`lstm` for training: (y, h_n, c_n, tape). x and the weights must not change before backward."""
+    """`lstm` for training: its results, and a tape for `lstm_backward`.
+
+    Parameters
+    ----------
+    x, w_ih, w_hh, b_ih, b_hh, h0, c0, lengths, reverse, out
+        As in `lstm`. x and the weights must stay as they are until the backward pass.
+
+    Returns
+    -------
+    y, h_n, c_n : ndarray
+        As in `lstm`.
+    tape : Tape
+        For one `lstm_backward`.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As in `lstm`.
+    """
     return _LSTM.run("lstm", x, (w_ih, w_hh, b_ih, b_hh), (h0, c0), lengths, reverse, out, True)
 
 
@@ -274,7 +292,26 @@ def lstm_cell(
     b_ih: MaybeArray = None,
     b_hh: MaybeArray = None,
 ) -> tuple[Array, Array]:
-    """One LSTM step: x_t (B, I), h and c (B, H), or (I,) and (H,), to the next (h, c). See `lstm`."""
+    """One time step of `lstm`.
+
+    Parameters
+    ----------
+    x_t : ndarray, shape (B, I) or (I,)
+    h, c : ndarray, shape (B, H), or (H,) for x_t (I,)
+        The state before the step; None means zeros.
+    w_ih, w_hh, b_ih, b_hh
+        As in `lstm`.
+
+    Returns
+    -------
+    h, c : ndarray
+        The state after the step, in new arrays.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As in `lstm`.
+    """
     return _LSTM.step("lstm", x_t, (w_ih, w_hh, b_ih, b_hh), (h, c))
 
 
@@ -291,10 +328,36 @@ def gru(
     reset_after: bool = True,
     out: Array | None = None,
 ) -> tuple[Array, Array]:
-    """A GRU layer in one direction, for inference: (y, h_n).
+    """A GRU layer in one direction, for inference; equations and gate order (r, z, n) are in `GRU`.
 
-    Equations, the gate order (r, z, n) and `reset_after` are in `GRU`; weights are (3*H, ...), and the rest
-    is as in `lstm`.
+    Takes arrays on the CPU or on a GPU as `lstm` does.
+
+    Parameters
+    ----------
+    x : ndarray, shape (T, B, I) or (T, I)
+        float32 or float64; every other array must have the same dtype. Any strides and read-only arrays do.
+    w_ih, w_hh : ndarray, shapes (3*H, I) and (3*H, H)
+    b_ih, b_hh : ndarray, shape (3*H,), optional
+        Both or neither.
+    h0 : ndarray, shape (B, H), or (H,) for x (T, I); optional
+        None means zeros.
+    lengths, reverse, out
+        As in `lstm`.
+    reset_after : bool
+        Whether the reset gate acts after the product with W_hn (cuDNN, PyTorch, Keras) or before it (the
+        original GRU, ONNX's default). Weights trained with one are wrong in the other.
+
+    Returns
+    -------
+    y : ndarray, shape (T, B, H) or (T, H)
+        h at every step.
+    h_n : ndarray, shape (B, H) or (H,)
+        h after each sequence's last step taken.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As in `lstm`; a TypeError for a `reset_after` that is not a bool.
     """
     return _GRU.run(_gru_name(reset_after), x, (w_ih, w_hh, b_ih, b_hh), (h0,), lengths, reverse, out)
 
@@ -312,7 +375,25 @@ def gru_forward(
     reset_after: bool = True,
     out: Array | None = None,
 ) -> tuple[Array, Array, Tape]:
-    """`gru` for training: (y, h_n, tape). x and the weights must not change before backward."""
+    """`gru` for training: its results, and a tape for `gru_backward`.
+
+    Parameters
+    ----------
+    x, w_ih, w_hh, b_ih, b_hh, h0, lengths, reverse, reset_after, out
+        As in `gru`. x and the weights must stay as they are until the backward pass.
+
+    Returns
+    -------
+    y, h_n : ndarray
+        As in `gru`.
+    tape : Tape
+        For one `gru_backward`.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As in `gru`.
+    """
     return _GRU.run(_gru_name(reset_after), x, (w_ih, w_hh, b_ih, b_hh), (h0,), lengths, reverse, out, True)
 
 
@@ -325,7 +406,28 @@ def gru_backward(
     retain: bool = False,
     accumulate_into: FunctionalGrads | None = None,
 ) -> FunctionalGrads:
-    """Gradients of gru_forward's arguments from those of y and h_n; all else as in `lstm_backward`."""
+    """Gradients of gru_forward's arguments from those of its results.
+
+    Parameters
+    ----------
+    tape : Tape
+        Of `gru_forward`. It is used up, unless `retain` is true.
+    dy, dh_n : ndarray of the shapes of y and h_n, optional
+        None means zeros; one must be given.
+    wrt, retain, accumulate_into
+        As in `lstm_backward`.
+
+    Returns
+    -------
+    FunctionalGrads
+        x, h0, w_ih, w_hh, b_ih, b_hh, each of its argument's shape; None for c0, for what `wrt` left out, and
+        for what was not given as a weight.
+
+    Raises
+    ------
+    RuntimeError, TypeError, ValueError
+        As in `lstm_backward`.
+    """
     return _GRU.backward(tape, dy, (dh_n,), wrt, retain, accumulate_into)
 
 
@@ -339,7 +441,26 @@ def gru_cell(
     *,
     reset_after: bool = True,
 ) -> Array:
-    """One GRU step: x_t (B, I) and h (B, H), or (I,) and (H,), to the next h. See `gru`."""
+    """One time step of `gru`.
+
+    Parameters
+    ----------
+    x_t : ndarray, shape (B, I) or (I,)
+    h : ndarray, shape (B, H), or (H,) for x_t (I,)
+        The state before the step; None means zeros.
+    w_ih, w_hh, b_ih, b_hh, reset_after
+        As in `gru`.
+
+    Returns
+    -------
+    h : ndarray
+        The state after the step, in a new array.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As in `gru`.
+    """
     after: Array
     (after,) = _GRU.step(_gru_name(reset_after), x_t, (w_ih, w_hh, b_ih, b_hh), (h,))
     return after
@@ -358,9 +479,34 @@ def rnn(
     nonlinearity: Literal["tanh", "relu"] = "tanh",
     out: Array | None = None,
 ) -> tuple[Array, Array]:
-    """A simple recurrent layer in one direction, for inference: (y, h_n).
+    """A simple recurrent layer in one direction, for inference; its equation is in `RNN`.
 
-    The equation and `nonlinearity` are in `RNN`; weights are (H, ...), and the rest is as in `lstm`.
+    Takes arrays on the CPU or on a GPU as `lstm` does.
+
+    Parameters
+    ----------
+    x : ndarray, shape (T, B, I) or (T, I)
+        float32 or float64; every other array must have the same dtype. Any strides and read-only arrays do.
+    w_ih, w_hh : ndarray, shapes (H, I) and (H, H)
+    b_ih, b_hh : ndarray, shape (H,), optional
+        Both or neither.
+    h0 : ndarray, shape (B, H), or (H,) for x (T, I); optional
+        None means zeros.
+    lengths, reverse, out
+        As in `lstm`.
+    nonlinearity : "tanh" or "relu"
+
+    Returns
+    -------
+    y : ndarray, shape (T, B, H) or (T, H)
+        h at every step.
+    h_n : ndarray, shape (B, H) or (H,)
+        h after each sequence's last step taken.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As in `lstm`; a ValueError for another `nonlinearity`.
     """
     return _RNN.run(_rnn_name(nonlinearity), x, (w_ih, w_hh, b_ih, b_hh), (h0,), lengths, reverse, out)
 
@@ -378,7 +524,25 @@ def rnn_forward(
     nonlinearity: Literal["tanh", "relu"] = "tanh",
     out: Array | None = None,
 ) -> tuple[Array, Array, Tape]:
-    """`rnn` for training: (y, h_n, tape). x and the weights must not change before backward."""
+    """`rnn` for training: its results, and a tape for `rnn_backward`.
+
+    Parameters
+    ----------
+    x, w_ih, w_hh, b_ih, b_hh, h0, lengths, reverse, nonlinearity, out
+        As in `rnn`. x and the weights must stay as they are until the backward pass.
+
+    Returns
+    -------
+    y, h_n : ndarray
+        As in `rnn`.
+    tape : Tape
+        For one `rnn_backward`.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As in `rnn`.
+    """
     return _RNN.run(_rnn_name(nonlinearity), x, (w_ih, w_hh, b_ih, b_hh), (h0,), lengths, reverse, out, True)
 
 
@@ -391,7 +555,28 @@ def rnn_backward(
     retain: bool = False,
     accumulate_into: FunctionalGrads | None = None,
 ) -> FunctionalGrads:
-    """Gradients of rnn_forward's arguments from those of y and h_n; all else as in `lstm_backward`."""
+    """Gradients of rnn_forward's arguments from those of its results.
+
+    Parameters
+    ----------
+    tape : Tape
+        Of `rnn_forward`. It is used up, unless `retain` is true.
+    dy, dh_n : ndarray of the shapes of y and h_n, optional
+        None means zeros; one must be given.
+    wrt, retain, accumulate_into
+        As in `lstm_backward`.
+
+    Returns
+    -------
+    FunctionalGrads
+        x, h0, w_ih, w_hh, b_ih, b_hh, each of its argument's shape; None for c0, for what `wrt` left out, and
+        for what was not given as a weight.
+
+    Raises
+    ------
+    RuntimeError, TypeError, ValueError
+        As in `lstm_backward`.
+    """
     return _RNN.backward(tape, dy, (dh_n,), wrt, retain, accumulate_into)
 
 
@@ -405,7 +590,26 @@ def rnn_cell(
     *,
     nonlinearity: Literal["tanh", "relu"] = "tanh",
 ) -> Array:
-    """One RNN step: x_t (B, I) and h (B, H), or (I,) and (H,), to the next h. See `rnn`."""
+    """One time step of `rnn`.
+
+    Parameters
+    ----------
+    x_t : ndarray, shape (B, I) or (I,)
+    h : ndarray, shape (B, H), or (H,) for x_t (I,)
+        The state before the step; None means zeros.
+    w_ih, w_hh, b_ih, b_hh, nonlinearity
+        As in `rnn`.
+
+    Returns
+    -------
+    h : ndarray
+        The state after the step, in a new array.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As in `rnn`.
+    """
     after: Array
     (after,) = _RNN.step(_rnn_name(nonlinearity), x_t, (w_ih, w_hh, b_ih, b_hh), (h,))
     return after

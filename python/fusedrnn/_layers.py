@@ -92,6 +92,11 @@ class Layer(Configured, Generic[State]):
             For an array of another dtype than the layer's, or no array at all.
         ValueError
             For a wrong shape, for lengths outside 0..T, and for an `out` that cannot be written.
+
+        Notes
+        -----
+        On a CPU the kernels take denormal numbers for zero (below 1.2e-38 in float32, 2.2e-308 in float64):
+        many cores need a hundred cycles for each. Outside of them the process's own mode holds.
         """
         stack = self._stack
         y, final, _ = stack.forward(

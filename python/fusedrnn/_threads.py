@@ -1,8 +1,8 @@
 """How many threads the kernels may use: a default for the process, and a number local to a context.
 
 A `num_threads` block lives in a context variable, so that a task or thread that runs meanwhile keeps its own
-number; every call hands it to the compiled module. `Stream.step` has no Python in it and takes what the
-thread's last call or block set. Results do not depend on any of this.
+number; every call hands it to the compiled module, but for `Stream.step`, which has no Python in it.
+Results do not depend on any of this.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ def set_num_threads(n: int) -> None:
     """Set how many threads a kernel may use, for the whole process.
 
     The default is the environment variable FUSEDRNN_NUM_THREADS, or else what the process's affinity and
-    control group allow. Small calls use fewer. The number never changes a result.
+    control group allowed when fusedrnn was imported: a process that is given fewer cores later says so here.
+    Small calls use fewer. The number never changes a result.
 
     Raises
     ------
@@ -39,6 +40,9 @@ def get_num_threads() -> int:
 @contextmanager
 def num_threads(n: int) -> Iterator[None]:
     """Use at most n threads inside a `with` block, in the current context only.
+
+    A `Stream`'s steps, in which there is no Python, go by the last call or block of the thread that they run
+    on: where tasks that take turns on a thread want different numbers, each needs a block around its steps.
 
     >>> with fusedrnn.num_threads(1):
     ...     y, state = lstm(x)
