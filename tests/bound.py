@@ -5,10 +5,10 @@
 for n elements, where K is the longest sum behind one and s its natural size; c is 4, backward 8. Inputs are
 N(0, 1), weights as layers start with.
 
-In 16 bits such a bound would be as large as what it bounds. Sums are of float32 there, and the roundings of what
-is stored add up like a random walk: c is 1/8, backward 1/2. Only relu's gradients are further off: some eps of
-the values are rounded to the other side of 0, where the gradient is all wrong, and the norm of such errors goes
-by sqrt(eps).
+In 16 bits such a bound would be as large as what it bounds. Sums are of float32 there, and the roundings of
+what is stored add up like a random walk: c is 1/8, backward 1/2. Only relu's gradients are further off: some
+eps of the values are rounded to the other side of 0, where the gradient is all wrong, and the norm of such
+errors goes by sqrt(eps).
 """
 
 from math import ceil, log2, sqrt
