@@ -2,7 +2,7 @@
 
 The linker keeps one copy of a weak function: were it the AVX-512 one, older CPUs would die of it. So every
 function that a kernels_<isa> object offers must be in that ISA's namespace, and none may run at load.
-Constants may be shared.
+Constants may be shared, nothing that is written.
 
     check_symbols.py libfusedrnn_core.a [nm]
 """
@@ -11,21 +11,27 @@ import re
 import subprocess
 import sys
 
-LINE = re.compile(r".*\bkernels_(?P<isa>\w+)\.cpp\.o(?:bj)?:\s*[0-9a-f]* (?P<kind>\w) (?P<name>.*)")
-GLOBAL_CODE = "TWiV"  # V: a weak object that may be written
+OBJECT = re.compile(r".*\bkernels_(?P<isa>\w+)\.cpp\.o(?:bj)?:\s*(?P<name>.*)")
+CODE, DATA = "TWi", "Vu"  # weak or global; constants are in sections of their own
+CONSTANT = (".rodata", ".data.rel.ro")
 AT_LOAD = ("_GLOBAL__sub_I", "__static_initialization_and_destruction")
 
 
 def main(archive: str, nm: str = "nm") -> int:
-    command = [nm, "-A", "-C", "--defined-only", archive]
+    command = [nm, "-A", "-C", "--defined-only", "-f", "sysv", archive]
     listing = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     checked: dict[str, int] = {}
     faults = []
-    for match in filter(None, map(LINE.fullmatch, listing.splitlines())):
-        isa, kind, name = match.group("isa", "kind", "name")
+    for line in listing.splitlines():
+        symbol, *columns = (column.strip() for column in line.rsplit("|", 6))
+        match = OBJECT.fullmatch(symbol)
+        if not match or len(columns) != 6:
+            continue
+        isa, name = match.group("isa", "name")
+        _, kind, *_, section = columns
         if name.startswith(AT_LOAD):
             faults.append(f"kernels_{isa}: {name} runs at load")
-        if kind in GLOBAL_CODE:
+        if kind in CODE or (kind in DATA and not section.startswith(CONSTANT)):
             checked[isa] = checked.get(isa, 0) + 1
             if f"fusedrnn::{isa}::" not in name:
                 faults.append(f"kernels_{isa}: {kind} {name} is outside of fusedrnn::{isa}")
