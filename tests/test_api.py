@@ -3,6 +3,7 @@
 import inspect
 import re
 import tracemalloc
+from array import array
 from itertools import product, repeat
 
 import numpy as np
@@ -469,6 +470,31 @@ def test_reference_is_called_the_same_way(name, suffix):
     extra = {"out", "wrt", "retain", "accumulate_into"}
     got = [(p.name, p.kind, p.default) for p in ours if p.name not in extra]
     assert got == [(p.name, p.kind, p.default) for p in reference]
+
+
+@pytest.mark.parametrize("steps, batch", [(0, 2), (3, 0)])
+def test_empty_results_are_written_and_added_to(steps, batch, device, make_layer):
+    layer = make_layer("gru", 3, 4, device=device)
+    x, out = np.empty((steps, batch, 3), np.float32), np.empty((steps, batch, 4), np.float32)
+    y, _ = layer(x, out=out)
+    assert y is out
+    y, _, tape = layer.forward(x, out=out)
+    grads = layer.backward(tape, y, retain=True)
+    assert layer.backward(tape, y, accumulate_into=grads) is grads
+
+
+@pytest.mark.parametrize("steps", [10, 9000])
+def test_results_are_ordinary_arrays(steps, make_layer, normal):
+    y, _ = make_layer("gru", 3, 64)(normal(steps, 1, 3))
+    y.flags.writeable = False
+    y.flags.writeable = True
+    y[-1] = 0
+
+
+@pytest.mark.parametrize("lengths", [range(1, 4), array("q", [1, 2, 3]), [np.int64(1), 2, 3], (1, 2, 3)])
+def test_lengths_are_any_sequence_of_integers(lengths, make_layer, normal):
+    layer, x = make_layer("gru", 3, 4), normal(3, 3, 3)
+    np.testing.assert_array_equal(layer(x, lengths=lengths)[0], layer(x, lengths=[1, 2, 3])[0])
 
 
 def test_a_step_into_out_allocates_no_array(normal):

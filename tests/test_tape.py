@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import inspect
 import pickle
 import threading
 import warnings
@@ -298,6 +299,43 @@ def test_a_failed_backward_leaves_accumulated_gradients_alone(run, unchanged):
         pytest.raises(RuntimeError, match="changed"),
     ):
         layer.backward(tape, dy, accumulate_into=total)
+
+
+@pytest.mark.parametrize("retain", [False, True])
+def test_an_interrupted_backward_adds_nothing_twice(run, retain, monkeypatch):
+    """A signal's handler, as Ctrl-C's, raises when the kernels are done: on the way back to Python."""
+    layer, _, tape, dy = run
+    total = layer.backward(tape, dy, retain=True)
+    on = layer._stack.on
+    place = on if inspect.ismodule(on) else type(on)
+    kernel = place.backward
+
+    def interrupted(*args):
+        kernel(*args)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(place, "backward", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            layer.backward(tape, dy, retain=True)
+        with pytest.raises(KeyboardInterrupt):
+            layer.backward(tape, dy, retain=retain, accumulate_into=total)
+    with pytest.raises(RuntimeError, match="tape was used up by .* that failed or was interrupted"):
+        layer.backward(tape, dy, accumulate_into=total)
+
+
+def test_an_interrupted_backward_that_adds_to_nothing_leaves_its_tape(run, monkeypatch):
+    layer, _, tape, dy = run
+    want = layer.backward(tape, dy, retain=True)
+
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(_stack._core, "set_local_threads", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            layer.backward(tape, dy, accumulate_into=want)
+    assert_equal(layer.backward(tape, dy).flat, want.flat)
 
 
 def test_grads_pickle_and_copy_with_their_views(run):

@@ -273,6 +273,7 @@ struct PyTape {
   std::shared_ptr<cuda::Tape> tape;
   cuda::Options options;
   int64_t T, B;
+  std::atomic<int> passes{0};  // backward passes that are on their way, or have ended
   int64_t bytes() const { return cuda::tape_bytes(*tape); }
 };
 
@@ -354,10 +355,10 @@ std::unique_ptr<PyTape> forward(const PySpec& s, int device, const StreamObject&
     tape = cuda::run_forward(call, training);
   }
   if (!training) return nullptr;
-  return std::make_unique<PyTape>(PyTape{stream, std::move(tape), call.options, call.T_, call.B});
+  return std::unique_ptr<PyTape>(new PyTape{stream, std::move(tape), call.options, call.T_, call.B});
 }
 
-void backward(const PySpec& s, int device, uintptr_t stream, const py::tuple& params, const PyTape& tape, const py::array& x,
+void backward(const PySpec& s, int device, uintptr_t stream, const py::tuple& params, PyTape& tape, const py::array& x,
               const py::object& dy, const py::object& dstate, const py::object& dx, const py::object& dstate_out,
               const py::object& dparams, bool accumulate) {
   expect_not_forked();
@@ -374,8 +375,11 @@ void backward(const PySpec& s, int device, uintptr_t stream, const py::tuple& pa
   states(s, dstate_out, tape.B, call.dstate);
   call.dweights = weights(s, dparams);
   call.adds = accumulate;
-  GilRelease release;
-  cuda::run_backward(call);
+  {
+    GilRelease release;
+    cuda::run_backward(call);
+  }
+  ++tape.passes;
 }
 
 }  // namespace
@@ -447,7 +451,9 @@ PYBIND11_MODULE(_cuda, m, pybind11::mod_gil_not_used()) {
   py::class_<fusedrnn::bindings::PySpec>(m, "Spec").def(py::init(&make_typed_spec), py::arg("cell"), py::arg("dtype"),
                                                         py::arg("input_size"), py::arg("hidden_size"), py::arg("num_layers"),
                                                         py::arg("directions"), py::arg("bias"), py::arg("reverse"));
-  py::class_<PyTape>(m, "Tape").def_property_readonly("nbytes", &PyTape::bytes);
+  py::class_<PyTape>(m, "Tape")
+      .def_property_readonly("nbytes", &PyTape::bytes)
+      .def_property_readonly("passes", [](const PyTape& tape) { return tape.passes.load(); });
   m.def("panel_bytes", [](const fusedrnn::bindings::PySpec& s) { return cuda::panel_bytes(s.spec, s.dtype); }, py::arg("spec"));
   m.def("pack", &fusedrnn::bindings::pack, py::arg("spec"), py::arg("device"), py::arg("stream"), py::arg("params"),
         py::arg("panels"));

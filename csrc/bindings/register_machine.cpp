@@ -81,11 +81,8 @@ py::array empty(const py::tuple& sizes, const py::dtype& dtype) {
   size_t bytes = size_t(dtype.itemsize());
   for (py::ssize_t n : shape)
     if (__builtin_mul_overflow(bytes, size_t(n), &bytes)) throw std::length_error("array size overflows");
-  auto buffer = std::make_unique<Buffer>(bytes);
-  void* const data = buffer->data();
-  py::capsule owner(buffer.get(), [](void* held) { delete static_cast<Buffer*>(held); });
-  buffer.release();
-  return py::array(dtype, shape, data, owner);
+  const py::object owner = py::cast(Buffer(bytes));
+  return py::array(dtype, shape, owner.cast<const Buffer&>().data(), owner);
 }
 
 py::dict build_info() {
@@ -102,6 +99,10 @@ py::dict build_info() {
 }  // namespace
 
 void register_machine(py::module_& m) {
+  // numpy asks an array's owner whether it may be written.
+  py::class_<Buffer>(m, "Buffer", py::buffer_protocol()).def_buffer([](Buffer& b) {
+    return py::buffer_info(static_cast<unsigned char*>(b.data()), py::ssize_t(b.bytes()));
+  });
   m.def("set_num_threads", &set_default_threads);
   m.def("get_num_threads", &default_threads);
   m.def("set_local_threads", &set_local_threads);

@@ -1,4 +1,6 @@
 // Forward and backward passes of a stack for Python: arrays become pointers, the GIL is released. No maths.
+#include <atomic>
+
 #include "bindings/arrays.h"
 
 namespace fusedrnn::bindings {
@@ -7,6 +9,7 @@ namespace {
 struct PyTape {
   std::unique_ptr<Tape<float>> of_float;
   std::unique_ptr<Tape<double>> of_double;
+  std::atomic<int> passes{0};  // backward passes that have ended
   template <class T>
   std::unique_ptr<Tape<T>>& get() {
     if constexpr (sizeof(T) == 4)
@@ -83,6 +86,7 @@ void backward(const PySpec& s, const py::tuple& params, PyTape& tape, const py::
     GilRelease release;
     run_backward(call);
   });
+  ++tape.passes;
 }
 
 PyPanels pack(const PySpec& s, const py::tuple& params) {
@@ -111,7 +115,9 @@ void register_stack(py::module_& m) {
   py::class_<PySpec>(m, "Spec").def(py::init(&make_typed_spec), py::arg("cell"), py::arg("dtype"), py::arg("input_size"),
                                     py::arg("hidden_size"), py::arg("num_layers"), py::arg("directions"), py::arg("bias"),
                                     py::arg("reverse"));
-  py::class_<PyTape>(m, "Tape").def_property_readonly("nbytes", &PyTape::bytes);
+  py::class_<PyTape>(m, "Tape")
+      .def_property_readonly("nbytes", &PyTape::bytes)
+      .def_property_readonly("passes", [](const PyTape& tape) { return tape.passes.load(); });
   py::class_<PyPanels>(m, "Panels").def_property_readonly("nbytes", &PyPanels::bytes);
   m.def("forward", &forward, py::arg("spec"), py::arg("params"), py::arg("x"), py::arg("state").none(true),
         py::arg("lengths").none(true), py::arg("y"), py::arg("state_out"), py::arg("training"), py::arg("dropout"),

@@ -83,16 +83,15 @@ def ready(value: Array) -> Array:
 
 def lengths(where: str, value: Any, steps: int, shape: tuple[int, ...]) -> Array:
     """An int64 copy of `value`, (B,), which nobody can change between this check and the kernel."""
-    if not isinstance(value, (ndarray, list, tuple, int, np.integer)):
+    known = isinstance(value, (ndarray, Sequence, int, np.integer))
+    if not known or isinstance(value, (str, bytes)):
         raise TypeError(f"{where}: lengths must be an integer array or a list, got {type(value).__name__}")
-    given = np.asarray(value) if not isinstance(value, ndarray) else value
+    given = value if isinstance(value, ndarray) else _of_sequence(where, value, steps)
     if type(given) is not ndarray:
         given = _plain(where, "lengths", given)
-    if given.dtype.kind not in "iu" and not (given.size == 0 and isinstance(value, (list, tuple))):
-        raise TypeError(
-            f"{where}: lengths must have an integer dtype, got {given.dtype}; "
-            "convert it with .astype(numpy.int64)"
-        )
+    if given.dtype.kind not in "iu" and not (given.size == 0 and isinstance(value, Sequence)):
+        hint = "; convert it with .astype(numpy.int64)" if given is value else ""
+        raise TypeError(f"{where}: lengths must have an integer dtype, got {given.dtype}{hint}")
     if given.shape != shape:
         raise shape_error(where, "lengths", shape, given.shape)
     # Read as unsigned, negative numbers are too long as well, and so is what int64 cannot hold.
@@ -100,11 +99,24 @@ def lengths(where: str, value: Any, steps: int, shape: tuple[int, ...]) -> Array
     too_long = taken.view(np.uint64) > steps
     if too_long.any():
         index = int(too_long.argmax())
-        raise ValueError(
-            f"{where}: lengths must be between 0 and {steps} (the number of steps), "
-            f"got {given.reshape(-1)[index]} at index {index}"
-        )
+        raise _length_error(where, steps, given.reshape(-1)[index], index)
     return taken.reshape(-1)
+
+
+def _of_sequence(where: str, value: Any, steps: int) -> Array:
+    """Lengths that are no array, as one."""
+    given = np.asarray(value)
+    if given.dtype.kind not in "iu":  # integers that int64 cannot hold?
+        for index, n in enumerate(value if isinstance(value, Sequence) else (value,)):
+            if isinstance(n, int) and not 0 <= n <= steps:
+                raise _length_error(where, steps, n, index)
+    return given
+
+
+def _length_error(where: str, steps: int, got: Any, index: int) -> ValueError:
+    return ValueError(
+        f"{where}: lengths must be between 0 and {steps} (the number of steps), got {got} at index {index}"
+    )
 
 
 def out(
@@ -131,7 +143,7 @@ def out(
 
 def holds_rows(a: Array) -> bool:
     """Whether a kernel can write there: aligned, each row in one piece, and none over another."""
-    rows = a.shape[-1] <= 1 or a.strides[-1] == a.itemsize
+    rows = a.size == 0 or a.shape[-1] <= 1 or a.strides[-1] == a.itemsize  # numpy's of size 0 have no strides
     return rows and a.flags.aligned and not _overlaps_itself(a)
 
 
@@ -181,22 +193,30 @@ def choice(where: str, name: str, value: Any, known: Sequence[str]) -> str:
     return value
 
 
-def probability(where: str, name: str, value: Any) -> float:
-    """`value` as a float in [0, 1): dropping everything leaves nothing to scale up."""
+def number(where: str, name: str, value: Any) -> Any:
     if isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, float, np.integer, np.floating)):
         raise TypeError(f"{where}: {name} must be a number, got {value!r}")
+    return value
+
+
+def probability(where: str, name: str, value: Any) -> float:
+    """`value` as a float in [0, 1): dropping everything leaves nothing to scale up."""
+    number(where, name, value)
     if not 0.0 <= value < 1.0 or float(value) == 1.0:  # as a wider type's may be
         raise ValueError(f"{where}: {name} must be in [0, 1), got {value}")
     return float(value)
 
 
 def float_dtype(where: str, value: Any, device: str = "cpu") -> np.dtype[Any]:
-    dtype = _dtypes.named(value)
+    try:
+        dtype = None if value is None else _dtypes.named(value)  # numpy takes None for float64
+    except TypeError:
+        dtype = None
     known = _dtypes.HOST if device == "cpu" else _dtypes.DEVICE
-    if value is None or dtype not in known:  # numpy takes None for float64
+    if dtype is None or dtype not in known:
         names = ", ".join(map(str, known[:-1])) + f" or {known[-1]}"
-        hint = "; it needs device='cuda'" if value is not None and dtype in _dtypes.DEVICE else ""
-        raise TypeError(f"{where}: dtype must be {names}, got {value if value is None else dtype}{hint}")
+        hint = "; it needs device='cuda'" if dtype is not None and dtype in _dtypes.DEVICE else ""
+        raise TypeError(f"{where}: dtype must be {names}, got {dtype or repr(value)}{hint}")
     return known[known.index(dtype)]
 
 

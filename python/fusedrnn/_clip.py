@@ -38,9 +38,12 @@ def clip_grad_norm(
         For anything else, for Grads without gradients of parameters, and for read-only arrays; then nothing
         is scaled.
     """
+    if not isinstance(grads, (Grads, np.ndarray, Iterable)):
+        raise TypeError(f"clip_grad_norm: grads must be Grads or arrays, got {type(grads).__name__}")
     arrays = [_writable(g) for g in ([grads] if isinstance(grads, (Grads, np.ndarray)) else grads)]
+    max_norm = _check.number("clip_grad_norm", "max_norm", max_norm)
     if not max_norm >= 0:
-        raise ValueError(f"clip_grad_norm: max_norm must not be negative, got {max_norm}")
+        raise ValueError(f"clip_grad_norm: max_norm must be 0 or more, got {max_norm}")
     norm = float(np.sqrt(sum(_squares(a) for a in arrays)))
     factor = max_norm / (norm + 1e-6)
     if not factor >= 1:

@@ -8,6 +8,7 @@ import numpy as np
 
 from . import _check, _core, _cuda_module, _dtypes
 from ._params import Layout
+from ._typing import Int
 
 
 class Cell(NamedTuple):
@@ -94,19 +95,20 @@ class Config(NamedTuple):
         )
 
 
+_MOST_LAYERS = 1 << 16  # each has names and views of its own, which more than this would fill the memory with
 _DEFAULTS = {"num_layers": 1, "bias": True, "batch_first": False, "dropout": 0.0, "bidirectional": False}
 
 
 def checked(
     cell: str,
-    input_size: int,
-    hidden_size: int,
-    num_layers: int,
+    input_size: Int,
+    hidden_size: Int,
+    num_layers: Int,
     bias: bool,
     batch_first: bool,
     dropout: float,
     bidirectional: bool,
-    proj_size: int,
+    proj_size: Int,
     dtype: Any,
     device: Any,
 ) -> Config:
@@ -117,7 +119,7 @@ def checked(
         row,
         _check.integer(where, "input_size", input_size, 1),
         _check.integer(where, "hidden_size", hidden_size, 1),
-        _check.integer(where, "num_layers", num_layers, 1),
+        _check.integer(where, "num_layers", num_layers, 1, _MOST_LAYERS),
         _check.flag(where, "bias", bias),
         _check.flag(where, "batch_first", batch_first),
         _check.probability(where, "dropout", dropout),

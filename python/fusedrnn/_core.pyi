@@ -31,6 +31,8 @@ class Spec:
 class Tape:
     @property
     def nbytes(self) -> int: ...
+    @property
+    def passes(self) -> int: ...
 
 @final
 class Panels:

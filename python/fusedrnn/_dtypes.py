@@ -42,7 +42,10 @@ def named(value: Any) -> Any:
     """`value` as one of the dtypes above or any other of numpy's. Raises a TypeError if it is none at all."""
     if isinstance(value, str) and value == bfloat16.name or isinstance(value, BFloat16):
         return bfloat16
-    dtype = np.dtype(value)
+    try:
+        dtype = np.dtype(value)
+    except (TypeError, ValueError, SyntaxError):  # numpy's own texts name nothing
+        raise TypeError(f"dtype must be a floating dtype, or its name, got {value!r}") from None
     return bfloat16 if dtype.name == bfloat16.name else dtype
 
 

@@ -10,7 +10,7 @@ from . import _check
 from ._config import Config, Configured
 from ._params import Params
 from ._stack import Stack, stack_on
-from ._typing import Array, FloatArray, Lengths, State, StateLike
+from ._typing import Array, FloatArray, Int, Lengths, State, StateLike
 
 
 class Frozen(Configured, Generic[State]):
@@ -68,7 +68,7 @@ class Frozen(Configured, Generic[State]):
         )
         return y, stack.unpack_states(final)
 
-    def stream(self, batch_size: int = 1) -> Stream[State]:
+    def stream(self, batch_size: Int = 1) -> Stream[State]:
         """A new stream of `batch_size` sequences that advance together, with zeros as its state.
 
         Raises
@@ -151,7 +151,7 @@ class Stream(Generic[State]):
     _frozen: Frozen[State]
     _kernel: Any
 
-    def __init__(self, frozen: Frozen[State], batch_size: int = 1) -> None:
+    def __init__(self, frozen: Frozen[State], batch_size: Int = 1) -> None:
         stack = frozen._stack
         if frozen.bidirectional:
             raise ValueError(

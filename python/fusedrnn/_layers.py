@@ -17,7 +17,7 @@ from ._frozen import Frozen
 from ._params import Params, gathered
 from ._stack import ALL, stack_on
 from ._tape import Grads, Tape
-from ._typing import Array, FloatArray, Lengths, Seed, State, StateLike, Wrt
+from ._typing import Array, FloatArray, Int, Lengths, Seed, State, StateLike, Wrt
 
 
 class Layer(Configured, Generic[State]):
@@ -37,7 +37,11 @@ class Layer(Configured, Generic[State]):
                 f"with num_layers=1, dropout={self.dropout} does nothing",
                 stacklevel=3,
             )
-        self._rng = np.random.default_rng(seed)
+        try:
+            self._rng = np.random.default_rng(seed)
+        except (TypeError, ValueError) as error:  # numpy's own texts name nothing
+            text = f"{config.cell.family}: seed must be what numpy.random.default_rng takes, got {seed!r}"
+            raise type(error)(text) from None
         size = config.layout().size
         bound = 1 / sqrt(self.hidden_size)
         flat: Array = self._rng.random(size, np.float64 if self.dtype == np.float64 else np.float32)
@@ -109,7 +113,7 @@ class Layer(Configured, Generic[State]):
         x: FloatArray,
         state: StateLike = None,
         lengths: Lengths | None = None,
-        seed: int | None = None,
+        seed: Int | None = None,
         *,
         out: Array | None = None,
     ) -> tuple[Array, State, Tape]:
@@ -355,14 +359,14 @@ class LSTM(Layer[tuple[Array, Array]]):
 
     def __init__(
         self,
-        input_size: int,
-        hidden_size: int,
-        num_layers: int = 1,
+        input_size: Int,
+        hidden_size: Int,
+        num_layers: Int = 1,
         bias: bool = True,
         batch_first: bool = False,
         dropout: float = 0.0,
         bidirectional: bool = False,
-        proj_size: int = 0,
+        proj_size: Int = 0,
         *,
         dtype: npt.DTypeLike = np.float32,
         seed: Seed = None,
@@ -403,14 +407,14 @@ class GRU(Layer[Array]):
 
     def __init__(
         self,
-        input_size: int,
-        hidden_size: int,
-        num_layers: int = 1,
+        input_size: Int,
+        hidden_size: Int,
+        num_layers: Int = 1,
         bias: bool = True,
         batch_first: bool = False,
         dropout: float = 0.0,
         bidirectional: bool = False,
-        proj_size: int = 0,
+        proj_size: Int = 0,
         *,
         reset_after: bool = True,
         dtype: npt.DTypeLike = np.float32,
@@ -453,14 +457,14 @@ class RNN(Layer[Array]):
 
     def __init__(
         self,
-        input_size: int,
-        hidden_size: int,
-        num_layers: int = 1,
+        input_size: Int,
+        hidden_size: Int,
+        num_layers: Int = 1,
         bias: bool = True,
         batch_first: bool = False,
         dropout: float = 0.0,
         bidirectional: bool = False,
-        proj_size: int = 0,
+        proj_size: Int = 0,
         *,
         nonlinearity: Literal["tanh", "relu"] = "tanh",
         dtype: npt.DTypeLike = np.float32,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from math import prod
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 
@@ -68,6 +68,12 @@ class Params(Mapping[str, Array]):
 
     def __len__(self) -> int:
         return len(self._views)
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(
+            "Params are views into the memory of a layer or of Grads, and cannot be copied or pickled apart "
+            "from it: take the layer or the Grads, or dict(params)"
+        )
 
     def __repr__(self) -> str:
         return f"Params({ {name: view.shape for name, view in self._views.items()} })"

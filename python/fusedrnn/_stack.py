@@ -158,6 +158,7 @@ class Stack:
 
         want_x, want_state, want_params = wanted
         _core.set_local_threads(local_threads())
+        passes = kernel_tape.passes
         if not retain:
             tape._claim(where)
         try:
@@ -174,7 +175,11 @@ class Stack:
                 into is not None,
             )
         except BaseException as error:
-            self._failed(error, tape, grads, retain)
+            # What a signal's handler raises, Ctrl-C's too, comes when the pass has ended.
+            if into is not None and kernel_tape.passes != passes:
+                tape._spoil()
+            else:
+                self._failed(error, tape, grads, retain)
             raise
         if not retain:
             tape._close()

@@ -73,7 +73,8 @@ class Tape:
     def _used(self, where: str) -> RuntimeError:
         if self._spoilt:
             return RuntimeError(
-                f"{where}: tape was used up by a backward pass that failed while it added to accumulate_into"
+                f"{where}: tape was used up by a backward pass that failed or was interrupted "
+                "when it had added to accumulate_into"
             )
         return RuntimeError(f"{where}: tape was used already; retain=True keeps it for another backward")
 

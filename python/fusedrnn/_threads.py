@@ -12,12 +12,13 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 
 from . import _check, _core
+from ._typing import Int
 
 _local: ContextVar[int] = ContextVar("fusedrnn.num_threads", default=0)  # 0: the process's default
 local_threads = _local.get
 
 
-def set_num_threads(n: int) -> None:
+def set_num_threads(n: Int) -> None:
     """Set how many threads a kernel may use, for the whole process.
 
     The default is the environment variable FUSEDRNN_NUM_THREADS, or else what the process's affinity and
@@ -38,7 +39,7 @@ def get_num_threads() -> int:
 
 
 @contextmanager
-def num_threads(n: int) -> Iterator[None]:
+def num_threads(n: Int) -> Iterator[None]:
     """Use at most n threads inside a `with` block, in the current context only.
 
     A `Stream`'s steps, in which there is no Python, go by the last call or block of the thread that they run

@@ -21,11 +21,12 @@ Array: TypeAlias = npt.NDArray[Any]
 #: What goes in: one of the dtypes that the kernels know; float16 for layers on a GPU.
 FloatArray: TypeAlias = npt.NDArray[np.float32] | npt.NDArray[np.float64] | npt.NDArray[np.float16] | GpuArray
 HostArray: TypeAlias = npt.NDArray[np.float32] | npt.NDArray[np.float64]
-Lengths: TypeAlias = npt.NDArray[np.integer[Any]] | Sequence[int] | int
+Int: TypeAlias = int | np.integer[Any]
+Lengths: TypeAlias = npt.NDArray[np.integer[Any]] | Sequence[Int] | Int
 Wrt: TypeAlias = Collection[str]  # of "x", "state", "params"
 
 #: A state that goes in: h, or (h, c) of an LSTM; None means zeros.
-StateLike: TypeAlias = FloatArray | tuple[FloatArray | None, FloatArray | None] | None
+StateLike: TypeAlias = FloatArray | tuple[FloatArray | None, FloatArray | None] | list[FloatArray] | None
 #: A state that comes out: h, or (h, c) of an LSTM.
 State = TypeVar("State")
 

@@ -19,7 +19,7 @@ Backward uses these rules; a value used in several places sums the gradients tha
     p = u∘v        du = dp∘v           dv = dp∘u
     s = σ(a)       da = ds∘s∘(1-s)
     s = tanh(a)    da = ds∘(1-s²)
-    s = relu(a)    da = ds where a > 0, otherwise 0
+    s = relu(a)    da = 0 where a <= 0, otherwise ds
 
 Through time (Werbos 1990): h_t reaches the loss as the output y_t and as an input of step t+1. So the steps
 are walked backwards: each receives  dh' = dy_t + (dh of step t+1)  and hands on its dh; dW and db sum up.
@@ -78,13 +78,13 @@ def _rnn_step_backward(nonlinearity: str, p: Params, x: Array, state: Arrays, ds
     """With a the argument of tanh or relu:
 
     tanh    da = dh'∘(1-h'²)
-    relu    da = dh' where h' > 0 (there h' = a), otherwise 0
+    relu    da = 0 where h' = 0, otherwise dh' (there h' = a)
             dx = W_ihᵀ da    dW_ih = Σ da xᵀ    db_ih = Σ da
             dh = W_hhᵀ da    dW_hh = Σ da hᵀ    db_hh = Σ da
     """
     (h,), (dh_new,) = state, dstate
     (h_new,) = _rnn_step(nonlinearity, p, x, h)
-    da = dh_new * (1 - h_new**2) if nonlinearity == "tanh" else np.where(h_new > 0, dh_new, 0.0)
+    da = dh_new * (1 - h_new**2) if nonlinearity == "tanh" else np.where(h_new <= 0, 0.0, dh_new)
     dx, dw_ih, db_ih = _affine_backward(da, x, p.w_ih)
     dh, dw_hh, db_hh = _affine_backward(da, h, p.w_hh)
     return dx, (dh,), Params(dw_ih, dw_hh, db_ih, db_hh)
