@@ -39,9 +39,9 @@ inline void expect(bool holds, const char* what) {
 
 inline Spec make_spec(const std::string& cell, int64_t I, int64_t H, int64_t L, int D, bool bias, bool reverse) {
   expect(I > 0 && H > 0 && L > 0 && (D == 1 || (D == 2 && !reverse)), "spec out of range");
-  for (int i = 0; i < cell_count; ++i)
-    if (cell == cells[i].name) return {i, I, H, L, D, bias, reverse};
-  throw std::invalid_argument("unknown cell '" + cell + "'");
+  const int number = cell_named(cell.c_str());
+  if (number < 0) throw std::invalid_argument("unknown cell '" + cell + "'");
+  return {number, I, H, L, D, bias, reverse};
 }
 
 }  // namespace fusedrnn::bindings

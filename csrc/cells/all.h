@@ -1,6 +1,8 @@
 // THE list of cells. Instantiation, dispatch, bindings and native programs iterate it; the order is the cell's number.
 #pragma once
 
+#include <string.h>
+
 #include "cells/gru.h"
 #include "cells/lstm.h"
 #include "cells/rnn.h"
@@ -38,5 +40,12 @@ constexpr CellInfo cell_info() {
 inline constexpr CellInfo cells[] = {FUSEDRNN_FOR_EACH_CELL(FUSEDRNN_CELL_INFO)};
 #undef FUSEDRNN_CELL_INFO
 inline constexpr int cell_count = sizeof(cells) / sizeof(cells[0]);
+
+// The number of the cell with this name, or -1.
+inline int cell_named(const char* name) {
+  for (int i = 0; i < cell_count; ++i)
+    if (strcmp(cells[i].name, name) == 0) return i;
+  return -1;
+}
 
 }  // namespace fusedrnn

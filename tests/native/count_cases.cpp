@@ -6,12 +6,6 @@
 namespace fusedrnn::tests {
 namespace {
 
-int cell_named(const char* name) {
-  int cell = 0;
-  while (strcmp(cells[cell].name, name) != 0) ++cell;
-  return cell;
-}
-
 // With the weights packed before, as a frozen layer has them.
 void infer_case(const Shape& shape) {
   const Problem<float> p(shape);
