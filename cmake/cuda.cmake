@@ -91,7 +91,7 @@ if(cuda STREQUAL "EMULATED")
   target_include_directories(fusedrnn_cuda SYSTEM PUBLIC tests/native/cuda_emulation)
   target_compile_definitions(fusedrnn_cuda PUBLIC FUSEDRNN_EMULATED)
   # -O1: half the compiler's time of -O3, and the kernels run as fast, since most of a run is threads' turns.
-  target_compile_options(fusedrnn_cuda PRIVATE -Wall -Wextra -Wno-unknown-pragmas -ffp-contract=off
+  target_compile_options(fusedrnn_cuda PRIVATE -Wall -Wextra -Wno-unknown-pragmas ${exact}
     $<$<CONFIG:Release>:-O1>)
   set(once "")
   if(CMAKE_CXX_FLAGS MATCHES "-fsanitize=thread")  # races between CUDA threads: the emulator is no part of what is watched

@@ -52,7 +52,7 @@ struct Plan {
   bool far = false;         // what a thread's products read again and again does not stay in its second cache level
   int64_t chunk_rows = 1;   // rows of backward whose weight gradients are computed at once (at least one step's)
   double estimated_us = 0;  // what the cost model expects of the layer; for FUSEDRNN_TRACE
-  int threads() const { return row_threads * unit_threads; }
+  FUSEDRNN_INLINE int threads() const { return row_threads * unit_threads; }
 };
 
 class Barrier;

@@ -222,7 +222,7 @@ void copy(int device, uintptr_t stream, const py::array& from, const py::array& 
   expect(from.ndim() == axes && axes <= cuda::max_axes && from.itemsize() == to.itemsize(), "copy of another shape");
   expect_not_forked();
   cuda::Shape shape{{1, 1, 1, 1}};
-  cuda::Strided source{static_cast<char*>(pointer(from)), {}}, target{static_cast<char*>(pointer(to)), {}};
+  cuda::StridedArray source{static_cast<char*>(pointer(from)), {}}, target{static_cast<char*>(pointer(to)), {}};
   for (int i = 0; i < axes; ++i) {
     const int axis = cuda::max_axes - axes + i;
     expect(from.shape(i) == to.shape(i), "copy of another shape");

@@ -6,6 +6,10 @@
 #include "cpu/hash.h"
 #include "cpu/kernels.h"
 
+#if defined(__FAST_MATH__)
+#error "sigmoid and tanh rest on the order of their operations: compile without -ffast-math"
+#endif
+
 namespace fusedrnn::FUSEDRNN_TARGET {
 
 template <class T, class Cell>

@@ -136,7 +136,7 @@ void Arena::place(void** pointer, size_t count, size_t element) {
 
 void Arena::allocate() {
   buffer_ = Buffer(total_);
-  for (const Place& p : places_) *p.pointer = static_cast<char*>(buffer_.data()) + p.offset;
+  for (const Place& p : places_) set_pointer(p.pointer, static_cast<char*>(buffer_.data()) + p.offset);
   places_.clear();
 }
 

@@ -4,6 +4,7 @@
 
 #include <stddef.h>
 #include <stdint.h>
+#include <string.h>
 
 #include <vector>
 
@@ -23,6 +24,9 @@ class Buffer {
   void* data_ = nullptr;
   size_t bytes_ = 0;
 };
+
+// Sets the T* that `pointer` is the address of, as an object of its own type.
+inline void set_pointer(void** pointer, void* value) { memcpy(pointer, &value, sizeof value); }
 
 // The product of sizes; throws std::length_error where it does not fit.
 size_t checked_product(std::initializer_list<int64_t> sizes);

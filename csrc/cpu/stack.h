@@ -1,5 +1,5 @@
-// A stack of layers in one or two directions: what a caller outside of C++ sees. Checks nothing that a caller can get
-// wrong but sizes that overflow; allocates workspace, packs, plans, and runs the layers on a team of threads.
+// A stack of layers in one or two directions: the entry points of C++ programs and of the bindings. Arguments are not
+// checked, but that sizes overflow; see fusedrnn.h. Allocates workspace, packs, plans, and runs the layers on a team of threads.
 #pragma once
 
 #include "args.h"
@@ -12,28 +12,28 @@ namespace fusedrnn {
 
 template <class T>
 struct StackForward {
-  Spec spec;
-  int64_t T_, B;
+  Spec spec{};
+  int64_t T_ = 0, B = 0;
   StackWeights<const T> weights;
-  Sequence<const T> x;
-  Sequence<T> y;
-  const T* state[max_states];          // (L*D, B, H), or null for zeros
-  T* final_state[max_states];
-  const int64_t* lengths;              // (B), or null
-  const Panels<T>* panels;             // or null: packed for this call
+  Sequence<const T> x;  // (T, B, I)
+  Sequence<T> y;  // (T, B, D*H)
+  const T* state[max_states] = {};  // (L*D, B, H), or null for zeros
+  T* final_state[max_states] = {};  // likewise, of all states that the cell has
+  const int64_t* lengths = nullptr;  // (B), or null
+  const Panels<T>* panels = nullptr;  // or null: packed for this call
 };
 
 template <class T>
 struct StackBackward {
-  Spec spec;
+  Spec spec{};
   StackWeights<const T> weights;
-  const Tape<T>* tape;
-  Sequence<const T> x, dy;             // dy.data null: zeros
-  const T* dfinal_state[max_states];   // null: zeros
-  Sequence<T> dx;                      // null: not wanted
-  T* dstate[max_states];               // null: not wanted
-  StackWeights<T> dweights;            // empty: not wanted
-  bool adds;                           // to dx, dstate and dweights
+  const Tape<T>* tape = nullptr;
+  Sequence<const T> x, dy;  // dy.data null: zeros
+  const T* dfinal_state[max_states] = {};  // null: zeros
+  Sequence<T> dx;  // null: not wanted
+  T* dstate[max_states] = {};  // null: not wanted
+  StackWeights<T> dweights;  // empty: not wanted
+  bool adds = false;  // to dx, dstate and dweights
 };
 
 template <class T>

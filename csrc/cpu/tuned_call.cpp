@@ -11,15 +11,20 @@ struct alignas(64) TunedCall::Kind {
   CallTuner tuner;
 };
 
-// A kind has one of two places among those known, by its number, and takes the second from another that had it. (A place that
-// a thread held when the process forked stays held in the child.)
+// A table in which each kind has two places, by its number: it takes an empty first one, or else the second from whichever
+// kind had it. Not while its first place is in use, perhaps by its own kind. (A place that a thread held when the process
+// forked stays held in the child.)
 TunedCall::Kind* TunedCall::take(uint64_t kind, int model) {
   static Kind kinds[256];
   Kind *const first = &kinds[kind % 256], *const second = &kinds[(kind >> 8) % 256];
+  bool may_take = true;
   for (Kind* k : {first, second}) {
-    if (k->busy.exchange(true, std::memory_order_acquire)) continue;
+    if (k->busy.exchange(true, std::memory_order_acquire)) {
+      may_take = false;
+      continue;
+    }
     if (k->kind == kind) return k;
-    if (k->kind == 0 || k == second) {
+    if (may_take && (k->kind == 0 || k == second)) {
       k->kind = kind, k->tuner = CallTuner(model);
       return k;
     }

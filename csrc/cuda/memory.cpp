@@ -77,9 +77,12 @@ OnDevice::~OnDevice() {
 }
 
 void Arena::place(void** pointer, std::initializer_list<int64_t> sizes, size_t element) {
-  const size_t bytes = checked_product(sizes) * element;
+  size_t bytes, end;
+  if (__builtin_mul_overflow(checked_product(sizes), element, &bytes) ||
+      __builtin_add_overflow(total_, std::max<size_t>(bytes, 1), &end) || end > SIZE_MAX / 2)  // an empty array has an address
+    throw std::length_error("array size overflows");
   places_.push_back({pointer, total_});
-  total_ += (bytes + alignment - 1) / alignment * alignment + (bytes == 0 ? alignment : 0);  // an empty array has an address
+  total_ = (end + alignment - 1) / alignment * alignment;
 }
 
 void Arena::allocate(int device, CUstream_st* stream) {
@@ -96,7 +99,7 @@ void Arena::allocate(int device, CUstream_st* stream) {
   }
   check(code, "cudaMallocFromPoolAsync");
   data_ = data;
-  for (const Place& p : places_) *p.pointer = static_cast<char*>(data_) + p.offset;
+  for (const Place& p : places_) set_pointer(p.pointer, static_cast<char*>(data_) + p.offset);
   places_.clear();
 }
 

@@ -2,11 +2,15 @@
 // runs beside.
 #pragma once
 
+#include <limits.h>
 #include <stdio.h>
 #include <stdlib.h>
 
+#include <algorithm>
 #include <map>
 #include <mutex>
+#include <optional>
+#include <stdexcept>
 
 #include "cuda/blas.h"
 #include "cuda/check.h"
@@ -34,7 +38,12 @@ class Fork {
   Fork(int device, cudaStream_t stream, int streams) : main_(stream), second_(streams == 2 ? side_stream(device) : nullptr) {
     if (!second_) return;
     FUSEDRNN_CUDA(cudaEventCreateWithFlags(&event_, cudaEventDisableTiming));
-    begin();
+    try {
+      begin();
+    } catch (...) {
+      cudaEventDestroy(event_);
+      throw;
+    }
   }
   // Work that comes now waits for what is in the caller's stream.
   void begin() {
@@ -126,7 +135,9 @@ struct Work {
        const DeviceOrder& device_order)
       : spec(spec), cell(spec.info()), options(options), device(device), stream(stream), T_(T_), B(int64_t(order.from.size())),
         N(order.rows()), steps(int64_t(order.active.size()) - 1), H(spec.H), width(spec.D * spec.H), order(device_order),
-        packed(N == T_ * B) {}
+        packed(N == T_ * B) {
+    if (std::max({T_, B, H}) > INT_MAX) throw std::length_error("T, B and H must be less than 2^31 on a GPU");
+  }
 
   Packing packing() const { return order.packing(T_, B); }
 
@@ -170,8 +181,11 @@ struct Work {
       adds = true;
     }
   }
-  LayerPlan plan_layer(bool backward) const {
-    return layer_plan(cell, dtype_of<T>, backward, H, B, N, options.tf32, spec.D, machine_of(device));
+  // The same for all layers and directions; the search for it takes some microseconds, tens where B is large.
+  const LayerPlan& plan_layer(bool backward) const {
+    std::optional<LayerPlan>& plan = plan_[backward];
+    if (!plan) plan = layer_plan(cell, dtype_of<T>, backward, H, B, N, options.tf32, spec.D, machine_of(device));
+    return *plan;
   }
   // aligned: see input_plan.
   InputPlan plan_input(int64_t I, bool aligned) const {
@@ -223,7 +237,7 @@ struct Work {
   template <class Args>
   void run_layer(const Args& args, bool backward, cudaStream_t on, Workspace& room) const {
     for (;;) {
-      const LayerPlan plan = plan_layer(backward);
+      const LayerPlan& plan = plan_layer(backward);
       trace(plan, backward);
       if (plan.path == Path::per_step) return run_steps<T>(spec.cell, args, options.tf32, device, on);
       if (run_persistent(plan.persistent, args, on, room)) {
@@ -231,6 +245,7 @@ struct Work {
         return;
       }
       set_refused(device, plan.persistent.exchange == Exchange::grid ? 0 : plan.persistent.blocks);
+      plan_[backward].reset();
     }
   }
   void trace(const LayerPlan& plan, bool backward) const {
@@ -271,6 +286,9 @@ struct Work {
       if (spec.bias) add(weights[i].b_ih, rows), add(weights[i].b_hh, rows);
     }
   }
+
+ private:
+  mutable std::optional<LayerPlan> plan_[2];  // forward, backward; by the thread that makes the call
 };
 
 }  // namespace fusedrnn::cuda

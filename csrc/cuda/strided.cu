@@ -10,7 +10,7 @@ namespace fusedrnn::cuda {
 namespace {
 
 template <class Element>
-__global__ void copy_kernel(Strided from, Strided to, Shape shape, int64_t count) {
+__global__ void copy_kernel(StridedArray from, StridedArray to, Shape shape, int64_t count) {
   const int64_t stride = int64_t(gridDim.x) * blockDim.x;
   for (int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; i < count; i += stride) {
     int64_t rest = i, source = 0, target = 0;
@@ -26,7 +26,7 @@ __global__ void copy_kernel(Strided from, Strided to, Shape shape, int64_t count
 
 }  // namespace
 
-void copy_strided(const Strided& from, const Strided& to, const Shape& shape, size_t element, cudaStream_t stream) {
+void copy_strided(const StridedArray& from, const StridedArray& to, const Shape& shape, size_t element, cudaStream_t stream) {
   const int64_t count = shape.count();
   if (count == 0) return;
   const auto kernel = element == 2 ? copy_kernel<uint16_t> : element == 4 ? copy_kernel<uint32_t> : copy_kernel<uint64_t>;

@@ -10,7 +10,7 @@ namespace fusedrnn::cuda {
 
 constexpr int max_axes = 4;
 
-struct Strided {  // strides in elements; axes that are not needed come first and have size 1
+struct StridedArray {  // strides in elements; axes that are not needed come first and have size 1
   char* data;
   int64_t stride[max_axes];
 };
@@ -21,6 +21,6 @@ struct Shape {
 };
 
 // `to` may not overlap `from`, nor itself. Elements have 2, 4 or 8 bytes.
-void copy_strided(const Strided& from, const Strided& to, const Shape& shape, size_t element, cudaStream_t stream);
+void copy_strided(const StridedArray& from, const StridedArray& to, const Shape& shape, size_t element, cudaStream_t stream);
 
 }  // namespace fusedrnn::cuda

@@ -1,7 +1,7 @@
 // The core in a program of one's own: an LSTM and a linear readout learn to tell where a sine wave goes next; then the
 // layer runs step by step, as its inputs come, and gives the very bits that the whole sequence gave.
 //
-// The core checks no shapes: that is its caller's part. Arrays are contiguous here; any strides of T and B would do.
+// Arrays are contiguous here; any strides of T and B would do. fusedrnn.h says what the core expects.
 #include <cmath>
 #include <cstdio>
 #include <memory>
@@ -9,24 +9,22 @@
 #include <utility>
 #include <vector>
 
-#include "cpu/dispatch.h"
-#include "cpu/stack.h"
-#include "cpu/stream.h"
+#include "fusedrnn.h"
 
-using namespace fusedrnn;
+namespace fr = fusedrnn;
 using Floats = std::vector<float>;
 
 namespace {
 
 constexpr int64_t T = 40, B = 8, I = 1, H = 32;  // steps, waves side by side, inputs, hidden units
-const Spec spec{cell_named("lstm"), I, H, 1, 1, true, false};  // one layer in one direction, with biases
+const fr::Spec spec{fr::cell_named("lstm"), I, H, 1, 1, true, false};  // one layer in one direction, with biases
 const int64_t rows = spec.info().gates * H;
 
 // What is learned, or its gradients: PyTorch's layout, gates in the order i, f, g, o.
 struct Parameters {
   Floats w_ih = Floats(rows * I), w_hh = Floats(rows * H), b_ih = Floats(rows), b_hh = Floats(rows), readout = Floats(H);
-  StackWeights<float> layer() { return {{w_ih.data(), w_hh.data(), b_ih.data(), b_hh.data()}}; }
-  StackWeights<const float> layer() const { return {{w_ih.data(), w_hh.data(), b_ih.data(), b_hh.data()}}; }
+  fr::StackWeights<float> layer() { return {{w_ih.data(), w_hh.data(), b_ih.data(), b_hh.data()}}; }
+  fr::StackWeights<const float> layer() const { return {{w_ih.data(), w_hh.data(), b_ih.data(), b_hh.data()}}; }
   std::vector<Floats*> all() { return {&w_ih, &w_hh, &b_ih, &b_hh, &readout}; }
 };
 
@@ -43,19 +41,19 @@ struct Model {
   }
 
   // A forward pass over x (T, B, I) from zero states; `tape` keeps what a backward pass needs, null keeps nothing.
-  void run(const Floats& x, Tape<float>* tape) {
-    StackForward<float> call{};
+  void run(const Floats& x, fr::Tape<float>* tape) {
+    fr::StackForward<float> call;
     call.spec = spec, call.T_ = T, call.B = B;
     call.weights = std::as_const(values).layer();
-    call.x = time_major(x.data(), B, I);
-    call.y = time_major(y.data(), B, H);
+    call.x = fr::time_major(x.data(), B, I);
+    call.y = fr::time_major(y.data(), B, H);
     call.final_state[0] = h.data(), call.final_state[1] = c.data();
-    run_forward(call, tape);
+    fr::run_forward(call, tape);
   }
 
   // One step of gradient descent; returns the mean square of readout * h_t - x_{t+1}.
   double learn(const Floats& x, float rate) {
-    Tape<float> tape(spec, T, B, /*lengths=*/nullptr, /*has_state=*/false, /*dropout=*/0, /*seed=*/0);
+    fr::Tape<float> tape(spec, T, B, /*lengths=*/nullptr, /*has_state=*/false, /*dropout=*/0, /*seed=*/0);
     run(x, &tape);
     const int64_t told = (T - 1) * B;
     double loss = 0;
@@ -70,12 +68,12 @@ struct Model {
         dy[r * H + u] = 2 * error / told * values.readout[u];
       }
     }
-    StackBackward<float> call{};
+    fr::StackBackward<float> call;
     call.spec = spec, call.tape = &tape;
     call.weights = std::as_const(values).layer(), call.dweights = gradients.layer();
-    call.x = time_major(x.data(), B, I);
-    call.dy = time_major<const float>(dy.data(), B, H);
-    run_backward(call);  // dx and dstate stay null: not wanted
+    call.x = fr::time_major(x.data(), B, I);
+    call.dy = fr::time_major<const float>(dy.data(), B, H);
+    fr::run_backward(call);  // dx and dstate stay null: not wanted
     for (size_t p = 0; p < values.all().size(); ++p)
       for (size_t i = 0; i < values.all()[p]->size(); ++i) (*values.all()[p])[i] -= rate * (*gradients.all()[p])[i];
     return loss;
@@ -85,7 +83,7 @@ struct Model {
 }  // namespace
 
 int main() {
-  std::printf("kernels for %s, up to %d threads\n", isa().c_str(), wanted_threads());
+  std::printf("kernels for %s, up to %d threads\n", fr::isa().c_str(), fr::wanted_threads());
   Floats x(T * B * I);
   for (int64_t t = 0; t < T; ++t)
     for (int64_t b = 0; b < B; ++b) x[t * B + b] = std::sin(0.2f * t + 0.7f * b);
@@ -97,8 +95,8 @@ int main() {
   std::printf("mean square error %.4f, %.5f after 600 steps\n", before, after);
 
   model.run(x, nullptr);
-  const auto panels = std::make_shared<const Panels<float>>(spec, std::as_const(model.values).layer());  // packed once
-  Stream<float> stream(spec, panels, B);
+  const auto panels = std::make_shared<const fr::Panels<float>>(spec, std::as_const(model.values).layer());  // packed once
+  fr::Stream<float> stream(spec, panels, B);
   Floats h(B * H);
   int64_t same = 0;
   for (int64_t t = 0; t < T; ++t) {

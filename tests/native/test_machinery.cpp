@@ -310,6 +310,13 @@ void test_tuned_calls() {
   check(call(kind, 1, no_time) == 1, "so that others do as the model says meanwhile");
   outer.end(false);
   check(call(kind + 256, 1, no_time) == 1 && call(kind, 1, no_time) == 0, "two kinds with the same first place are both known");
+  constexpr uint64_t neighbour = (kind >> 8) % 256 + (3 << 16);  // its first place is kind's second one
+  for (int i = 0; i < 100; ++i) last = call(neighbour, 1, long_time);
+  TunedCall holds;
+  holds.begin(kind, 1);
+  call(kind, 1, no_time);
+  holds.end(false);
+  check(last == 0 && call(neighbour, 1, no_time) == 0, "a kind in use takes no other kind's place");
 }
 
 void test_retreat() {
