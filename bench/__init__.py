@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -26,7 +27,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from fusedrnn import _core
-from fusedrnn._cli import CommandError, natural, positive_float
+from fusedrnn._cli import CommandError, natural, positive_float, writable_folder
 
 from . import goals, machine, measure, merge, ratios, report
 from .engines import Engine, Ours, Problem
@@ -140,8 +141,9 @@ def run(args: argparse.Namespace) -> int:
     """Runs the benchmark; 0, or 1 where two engines disagree about a result."""
     if args.plot:
         _require_matplotlib()
-    if args.json and not args.json.parent.is_dir():  # found out now, not after the measuring
-        raise CommandError(f"--json: there is no folder {args.json.parent}")
+        writable_folder("--plot", args.plot)
+    if args.json:
+        _require_writable(args.json)
     if args.source:
         try:
             result = merge.merged([_read(path) for path in args.source])
@@ -171,7 +173,6 @@ def run(args: argparse.Namespace) -> int:
     if args.plot:
         from . import page, plots
 
-        args.plot.mkdir(parents=True, exist_ok=True)
         figures = plots.draw(result, args.plot)
         written = page.write(result, judged, figures, args.plot)
         print(f"\nwritten: {', '.join(sorted([*figures, written]))}")
@@ -183,6 +184,21 @@ def _require_matplotlib() -> None:
         import matplotlib  # noqa: F401
     except ModuleNotFoundError as error:
         raise CommandError("--plot needs matplotlib: pip install 'fusedrnn[plot]'") from error
+
+
+def _require_writable(path: Path) -> None:
+    """Found out now, not after the measuring. What the file holds stays; none is left that was not there."""
+    if not path.parent.is_dir():
+        raise CommandError(f"--json: there is no folder {path.parent}")
+    try:
+        if path.is_fifo():  # its reader would take the end of this for the end of the result
+            return
+        new = not os.path.lexists(path)
+        path.open("ab").close()
+    except OSError as error:
+        raise CommandError(f"--json {path}: {error.strerror}") from None
+    if new:
+        path.unlink()
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -177,6 +177,36 @@ def test_folder_of_the_json_file_must_exist(tmp_path):
         bench.run(parse("--quick", "--json", tmp_path / "none" / "bench.json"))
 
 
+def refused_unmeasured(monkeypatch, message: str, *argv: object) -> None:
+    monkeypatch.setattr(bench, "_measure", lambda args: pytest.fail("measured"))
+    with pytest.raises(CommandError, match=message):
+        bench.run(parse("--quick", *argv))
+
+
+@pytest.mark.parametrize("name", [".", "x" * 300], ids=["a folder", "a name too long"])
+def test_a_json_file_that_cannot_be_written_is_found_out_before_measuring(name, tmp_path, monkeypatch):
+    refused_unmeasured(monkeypatch, "^--json .*: ", "--json", tmp_path / name)
+
+
+def test_a_plot_folder_that_cannot_be_made_is_found_out_before_measuring(tmp_path, monkeypatch):
+    monkeypatch.setattr(bench, "_require_matplotlib", lambda: None)
+    (tmp_path / "file").touch()
+    refused_unmeasured(monkeypatch, "^--plot .*file: ", "--plot", tmp_path / "file")
+
+
+def test_a_run_that_fails_leaves_the_json_file_as_it_was(tmp_path, monkeypatch):
+    def fail(args):
+        raise measure.BenchmarkError
+
+    monkeypatch.setattr(bench, "_measure", fail)
+    old, new = tmp_path / "old.json", tmp_path / "new.json"
+    old.write_text("old")
+    for path in (old, new):
+        assert bench.run(parse("--quick", "--json", path)) == 1
+    assert old.read_text() == "old"
+    assert not new.exists()
+
+
 @pytest.mark.parametrize("text", ["", "[]", '{"schema": 0}'])
 def test_source_must_be_a_result(text, tmp_path):
     path = tmp_path / "other.json"

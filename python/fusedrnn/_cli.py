@@ -8,6 +8,7 @@ import math
 import os
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 import fusedrnn as fr
@@ -76,6 +77,16 @@ class _Version(argparse.Action):
 def info(args: argparse.Namespace) -> int:
     fr.show_config()
     return 0
+
+
+def writable_folder(option: str, path: Path) -> None:
+    """Makes the folder: that nothing can be written there is found out before the work, not after it."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CommandError(f"{option} {path}: {error.strerror}") from None
+    if not os.access(path, os.W_OK):
+        raise CommandError(f"{option} {path}: cannot be written to")
 
 
 def positive_int(text: str) -> int:

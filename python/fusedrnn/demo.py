@@ -13,7 +13,6 @@ import contextlib
 import functools
 import importlib.util
 import math
-import os
 import signal
 import sys
 import sysconfig
@@ -29,7 +28,14 @@ import numpy as np
 
 import fusedrnn as fr
 from fusedrnn._charmodel import CELLS, UNKNOWN, Adam, CharModel, sample, softmax_cross_entropy
-from fusedrnn._cli import CommandError, natural, nonnegative_float, positive_float, positive_int
+from fusedrnn._cli import (
+    CommandError,
+    natural,
+    nonnegative_float,
+    positive_float,
+    positive_int,
+    writable_folder,
+)
 
 __all__ = ["Adam", "add_arguments", "run", "softmax_cross_entropy"]  # the examples train with the same Adam
 
@@ -117,12 +123,7 @@ def blas_on_one_thread() -> Iterator[None]:
 @blas_on_one_thread()
 def run(args: argparse.Namespace) -> int:
     """Train, report, save, reload, sample and plot; returns the exit status."""
-    try:
-        args.out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise CommandError(f"--out {args.out}: {error.strerror}") from None
-    if not os.access(args.out, os.W_OK):  # found out now, not after the training
-        raise CommandError(f"--out {args.out}: cannot be written to")
+    writable_folder("--out", args.out)
     text = read_text(args.text, args.seed)
     try:
         model = CharModel(
