@@ -26,13 +26,13 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from fusedrnn import _core
+from fusedrnn import _check, _core
 from fusedrnn._cli import CommandError, natural, positive_float, writable_folder
 
 from . import goals, machine, measure, merge, ratios, report
 from .engines import Engine, Ours, Problem
 from .peers import DEFAULT_PEERS, PEERS
-from .shapes import CELLS, DEFAULT_CELLS, DEFAULT_WORK, WORK, Case, cases
+from .shapes import CELLS, DEFAULT_CELLS, DEFAULT_WORK, WORK, Case, cases, largest
 
 SCHEMA = 1
 
@@ -53,11 +53,18 @@ def _shape(text: str) -> tuple[int, int, int, int]:
     if len(parts) != 4 or not all(part.isascii() and part.isdigit() and int(part) for part in parts):
         raise argparse.ArgumentTypeError(f"must be B,T,I,H, four positive integers, got {text!r}")
     b, t, i, h = map(int, parts)
+    if largest(b, t, i, h) * 8 > sys.maxsize:  # all are drawn in float64
+        raise argparse.ArgumentTypeError(
+            f"must be B,T,I,H whose arrays take at most {sys.maxsize} bytes each, got {text!r}"
+        )
     return b, t, i, h
 
 
 def _threads(text: str) -> int:
-    return 0 if text == "auto" else natural(text)
+    n = 0 if text == "auto" else natural(text)
+    if n > _check.MAX_THREADS:
+        raise argparse.ArgumentTypeError(f"must be at most {_check.MAX_THREADS}, got {text!r}")
+    return n
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -18,7 +18,7 @@ import numpy as np
 
 from . import measure
 from .engines import Candidate, Ours, Problem
-from .shapes import CELLS, Case, Cell
+from .shapes import CELLS, LAYERS, Case, Cell
 
 Shape = tuple[int, int, int, int]  # B, T, I, H
 
@@ -28,8 +28,6 @@ DIRECTIONS: tuple[Shape, ...] = ((16, 100, 128, 128), (1, 100, 256, 256))
 STACKS: tuple[Shape, ...] = ((1, 100, 64, 64), (1, 100, 128, 128))
 DENORMALS: tuple[Shape, ...] = ((16, 23, 256, 256),)  # 23 halvings keep float32 denormal
 QUICK: tuple[Shape, ...] = ((4, 6, 8, 8),)
-
-LAYERS = 4  # of a stack
 
 Peak = Callable[[], float]
 Side = Callable[[], Candidate]  # one of the two calls of a ratio, made when it is their turn

@@ -35,6 +35,8 @@ SWEEPS = {
     "H": [(16, 50, h, h) for h in (16, 32, 48, 64, 96, 128, 200, 256, 384, 512, 800, 1024)],
 }
 
+LAYERS = 4  # of a stack, of which there are ratios
+
 WORK = ("forward", "train", "stream", "sweep", "ratios")
 DEFAULT_WORK = ("forward", "train", "stream")
 
@@ -126,6 +128,12 @@ class Case:
     def intensity(self) -> float:
         """Operations per byte of `traffic`."""
         return self.flops / self.traffic
+
+
+def largest(b: int, t: int, i: int, h: int) -> int:
+    """Values of the largest array of any case of this shape: x, y, or the parameters of a stack."""
+    gates, wide = max(cell.gates for cell in CELLS.values()), max(i, h)
+    return max(t * b * wide, LAYERS * gates * h * (wide + h + 2))
 
 
 def cases(

@@ -14,7 +14,7 @@ from bench_runs import SHAPE, parse, run_quick
 
 import fusedrnn as fr
 from fusedrnn import bench
-from fusedrnn._cli import CommandError
+from fusedrnn._cli import CommandError, main
 from fusedrnn.bench import gpu, measure, shapes
 from fusedrnn.bench.peers import PEERS
 
@@ -138,9 +138,12 @@ def test_wrong_answer_is_an_error_and_nothing_is_timed(monkeypatch, capsys):
         (["--cell", "lstm,elman"], "must be among lstm,gru,gru_reset_before,rnn,rnn_relu, got 'elman'"),
         (["--shape", "1,2,3"], "must be B,T,I,H, four positive integers, got '1,2,3'"),
         (["--shape", "1,2,0,4"], "must be B,T,I,H, four positive integers, got '1,2,0,4'"),
+        (["--shape", f"{10**9},{10**9},10,10"], f"whose arrays take at most {sys.maxsize} bytes each, got"),
+        (["--shape", f"1,1,1,{10**9}"], f"got '1,1,1,{10**9}'"),
         (["--what", "backward"], "must be among forward,train,stream,sweep,ratios, got 'backward'"),
         (["--peers", "keras"], "must be among torch,onnxruntime,jax,reference,none, got 'keras'"),
         (["--threads", "-1"], "must be an integer of 0 or more, got '-1'"),
+        (["--threads", "9999"], "must be at most 1024, got '9999'"),
         (["--seconds", "0"], "must be a positive number, got '0'"),
         (["--dtype", "float16"], "invalid choice: 'float16'"),
     ],
@@ -150,6 +153,16 @@ def test_wrong_arguments(argv, message, capsys):
         parse(*argv)
     assert stopped.value.code == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("work", ["forward", "train", "stream", "ratios"])
+@pytest.mark.parametrize("shape", [f"{2**55},1,10,1", f"1,1,{2**22},{2**22}"], ids=["x", "weights"])
+def test_a_shape_too_large_for_memory_is_one_line(shape, work, capsys):
+    argv = ["bench", "--quick", "--cell", "lstm", "--what", work, "--shape", shape, "--peers", "none"]
+    assert main(argv) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("fusedrnn bench: error: out of memory: ")
+    assert error.count("\n") == 1
 
 
 def test_missing_peer_is_an_error_only_if_named(monkeypatch, tmp_path, capsys):

@@ -21,7 +21,7 @@ from ._typing import Array
 _FLOAT32, _FLOAT64 = np.dtype(np.float32), np.dtype(np.float64)
 _READY = 0x1 | 0x100  # NPY_ARRAY_C_CONTIGUOUS | NPY_ARRAY_ALIGNED
 _OVERLAP_WORK: Any = 1000  # candidates that the exact overlap test may try; beyond them it says "may overlap"
-_MAX_THREADS = 1024
+MAX_THREADS = 1024
 
 
 def array(where: str, name: str, value: Any, dtype: np.dtype[Any]) -> Array:
@@ -225,7 +225,7 @@ def dropout_seed(where: str, value: Any) -> int:
 
 
 def threads(where: str, value: Any) -> int:
-    return integer(where, "n", value, 1, _MAX_THREADS)
+    return integer(where, "n", value, 1, MAX_THREADS)
 
 
 def array_bytes(where: str, what: str, count: int, dtype: np.dtype[Any]) -> None:
