@@ -140,6 +140,16 @@ def test_a_second_ctrl_c_ends_the_demo(small, tmp_path, capsys, interrupting):
     assert not (tmp_path / "out" / "model.npz").exists()
 
 
+@pytest.mark.parametrize("updates", ["1", "30"], ids=["at the end", "on the way"])
+def test_training_that_diverges_says_so_and_saves_nothing(updates, small, tmp_path, capsys):
+    assert main([*small, "--updates", updates, "--learning-rate", "1e42"]) == 2
+    message = "error: training diverged: the held-out loss is nan; try a lower --learning-rate, got 1e+42\n"
+    err = capsys.readouterr().err
+    assert err.endswith(f"fusedrnn demo: {message}")
+    assert updates == "1" or "100%" not in err
+    assert not (tmp_path / "out" / "model.npz").exists()
+
+
 def test_a_model_that_reloads_differently_is_an_error(small, monkeypatch, capsys):
     load = CharModel.load
 

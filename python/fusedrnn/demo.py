@@ -49,6 +49,7 @@ MAX_HELD_OUT = 200_000  # characters
 PROMPT = 400  # characters of the held-out text that the sample continues
 MIN_TEXT = 1_000  # characters
 BITS = 1 / math.log(2)  # nats to bits
+QUIETLY = np.errstate(over="ignore", invalid="ignore")  # where training diverges, one error says it all
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -141,15 +142,9 @@ def run(args: argparse.Namespace) -> int:
         f"vocabulary {len(model.vocabulary)}, {threads()}",
     )
 
-    history = train(
-        model,
-        train_ids,
-        held_out_ids,
-        args.seconds,
-        args.updates,
-        args.learning_rate or LEARNING_RATES[args.cell],
-    )
-    loss = evaluate(model, held_out_ids)
+    rate = args.learning_rate or LEARNING_RATES[args.cell]
+    history = train(model, train_ids, held_out_ids, args.seconds, args.updates, rate)
+    loss = held_out_loss(model, held_out_ids, rate)
     history.held_out.append((history.characters, loss))
     say(
         "trained",
@@ -278,6 +273,17 @@ def evaluate(model: CharModel, streams: np.ndarray) -> float:
     return total * BITS / (len(streams) - 1)
 
 
+@QUIETLY
+def held_out_loss(model: CharModel, streams: np.ndarray, learning_rate: float) -> float:
+    """Likewise, and an error where training has diverged."""
+    loss = evaluate(model, streams)
+    if math.isfinite(loss):
+        return loss
+    raise CommandError(
+        f"training diverged: the held-out loss is {loss}; try a lower --learning-rate, got {learning_rate:g}"
+    )
+
+
 # Training
 
 
@@ -293,6 +299,7 @@ class History:
         return self.characters / max(self.seconds, 1e-9)
 
 
+@QUIETLY
 def train(
     model: CharModel,
     train_ids: np.ndarray,
@@ -327,7 +334,7 @@ def train(
             if done >= 1 or ended.is_set():
                 break
             if int(done * CHECKS) > len(history.held_out):
-                history.held_out.append((history.characters, evaluate(model, probe)))
+                history.held_out.append((history.characters, held_out_loss(model, probe, learning_rate)))
     return history
 
 
