@@ -1,6 +1,7 @@
 """The demo and the command line: what they write, print and refuse."""
 
 import importlib.util
+import io
 import re
 import signal
 import subprocess
@@ -292,6 +293,17 @@ def test_a_model_too_large_is_one_line(hidden, message, small, capsys):
     err = capsys.readouterr().err
     assert message in err
     assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize("command", ["demo", "bench"])
+def test_what_stdout_cannot_show_is_replaced(command, small, text, monkeypatch):
+    bench = "bench --quick --cell rnn --what forward --shape 3,4,5,6 --peers none".split()
+    text.write_text("äöü" * 1000, encoding="utf-8")
+    stdout = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", stdout)
+    assert main([*small, "--updates", "1"] if command == "demo" else bench) == 0
+    stdout.flush()
+    assert b"?" in stdout.buffer.getvalue()
 
 
 def test_info_prints_the_configuration(capsys):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import io
 import math
 import os
 import sys
@@ -32,6 +33,8 @@ class CommandError(Exception):
 
 def main(argv: list[str] | None = None) -> int:
     """Runs one command and returns its exit status; wrong arguments exit with status 2, as argparse does."""
+    if isinstance(sys.stdout, io.TextIOWrapper):  # what it cannot show ends no command
+        sys.stdout.reconfigure(errors="replace")
     argv = sys.argv[1:] if argv is None else argv
     parser = argparse.ArgumentParser(
         prog="fusedrnn", description="Fused RNN, LSTM and GRU kernels for NumPy."
