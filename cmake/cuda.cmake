@@ -5,7 +5,7 @@ if(NOT cuda MATCHES "^(AUTO|ON|OFF|EMULATED)$")
   message(FATAL_ERROR "FUSEDRNN_CUDA must be AUTO, ON, OFF or EMULATED, got ${cuda}")
 endif()
 if(cuda MATCHES "^(AUTO|ON)$")
-  set(least 12.4)  # PTX 8.3, of 12.3, has the 16 bytes that are seen whole; and one version for what was not looked into
+  set(least 12.4)  # 16 bytes that are loaded whole need PTX 8.3, of 12.3; one version more for what was not looked into
   set(CMAKE_CUDA_STANDARD 17)
   set(CMAKE_CUDA_STANDARD_REQUIRED ON)
   set(CMAKE_CUDA_RUNTIME_LIBRARY Static)

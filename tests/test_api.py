@@ -433,13 +433,6 @@ def test_show_config(capsys):
 # --- What the package offers ----------------------------------------------------------------------
 
 
-def test_python_and_cpp_agree_on_the_cells():
-    registered = {row["name"]: (row["gates"], row["states"]) for row in _core.CELLS}
-    offered = [name for kind in (fr.LSTM, fr.GRU, fr.RNN) for name in kind.cells]
-    assert sorted(offered) == sorted(registered)
-    assert {name: row[:2] for name, row in fr.reference.CELLS.items()} == registered
-
-
 def test_attributes_and_repr(cell, make_layer):
     layer = make_layer(cell, I, H, 2, False, True, 0.25, True, dtype=np.float64)
     for thing in layer, layer.freeze():

@@ -24,10 +24,31 @@ def run(name: str, *options: str, cwd: Path) -> str:
     return done.stdout
 
 
-def test_what_readme_shows():
-    code = re.search(r"## Use\n+```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)[1]
-    names: dict = {}
+def shown_by_readme(heading: str) -> dict:
+    """Runs the first block of Python under a heading; gives the names that it leaves."""
+    text = README.read_text(encoding="utf-8")
+    code = re.search(rf"## {heading}\n+```python\n(.*?)```", text, re.DOTALL)[1]
+    names: dict = {"fr": fr}
     exec(code, names)
+    return names
+
+
+def torch_on_our_gpu():
+    torch = pytest.importorskip("torch")
+    if PROBLEM or EMULATED or not torch.cuda.is_available():
+        pytest.skip("PyTorch's tensors and ours must lie on one GPU")
+    return torch
+
+
+def test_what_readme_shows_on_cuda():
+    torch = torch_on_our_gpu()
+    names = shown_by_readme("On an NVIDIA GPU")
+    assert names["y"].shape == (100, 16, 128) and names["y"].dtype == torch.bfloat16
+    assert names["grads"].flat.is_cuda and names["frozen"].device == "cuda:0"
+
+
+def test_what_readme_shows():
+    names = shown_by_readme("Use")
     assert names["y"].shape == (100, 16, 2 * 128)
     assert names["grads"].flat.shape == names["lstm"].flat_params.shape
     assert names["h"].shape == (64,)
@@ -83,9 +104,9 @@ def test_forecast(tmp_path):
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_torch_autograd(device, tmp_path):
-    torch = pytest.importorskip("torch")
-    if device == "cuda" and (PROBLEM or EMULATED or not torch.cuda.is_available()):
-        pytest.skip("PyTorch's tensors and ours must lie on one GPU")
+    pytest.importorskip("torch")
+    if device == "cuda":
+        torch_on_our_gpu()
     out = run("torch_autograd.py", "--device", device, cwd=tmp_path)
     apart = re.search(r"gradients of 13,643 parameters differ by (\S+) of their norm", out)
     assert float(apart[1]) < 1e-5

@@ -281,7 +281,7 @@ int available_threads() {
 #endif
     int limit = cgroup_limit("");
     if (limit > 0 && limit < cores) cores = limit;
-    return cores < 1 ? 1 : cores;
+    return std::clamp(cores, 1, 1024);  // as many as may be asked for
   }();
   return n;
 }

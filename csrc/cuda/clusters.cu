@@ -1,6 +1,5 @@
-// How many clusters of blocks that fill a multiprocessor each are resident at once: what the groups of multiprocessors
-// of a device, or the part of it that is ours, have room for. 0 where a cluster of that size can never be launched.
-// And whether such blocks are resident without clusters.
+// How many clusters, each block of which fills a multiprocessor, can be resident at once on a device, or on the part of it
+// that is ours; 0 where a cluster of that size can never be launched. And how many such blocks without clusters.
 #include "cuda/check.h"
 #include "cuda/machine.h"
 #include "cuda/persistent.h"

@@ -13,7 +13,7 @@ struct alignas(16) Words {  // what one thread loads at once
 
 __device__ __forceinline__ Words no_words() { return {{0, 0, 0, 0}}; }
 
-// What 16 bytes start with that nobody has given yet; another NaN in place of a number that looks like that.
+// The first word of 16 bytes that nobody has given yet. A value with these bits, which is a NaN, is given as another NaN.
 constexpr uint32_t not_given = 0xffffffffu;
 template <class T>
 __device__ __forceinline__ T not_a_sign_of_absence(T value) {

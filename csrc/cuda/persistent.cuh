@@ -58,18 +58,19 @@ struct Persistent {
   const int lane = lane_of_thread(), warp = warp_of_thread(), g = lane / 4, quarter = constant<simple>(lane % 4);
   const int places = constant<simple>(plan.places);
   const bool single = places == 1, few = places < 8;  // of one sequence; of less than the tensor cores multiply
-  const int turn = constant<simple>(g < places ? turned(g, lane % 4, places) * 16 : -1);
+  const int swizzle = constant<simple>(g < places ? swizzled(g, lane % 4, places) * 16 : -1);
   const int first_unit = exchange.rank * plan.units;
   const int first_row;  // sequence of the batch
   const int begin = backward ? 0 : f.begin;  // the steps to run: [begin, end)
   const int end = backward || f.schedule.length[first_row] < f.end ? f.schedule.length[first_row] : f.end;
 
-  // Pair p of this thread: a hidden unit of a sequence. A warp's 32 lie side by side in the tile: 8 units by 4 sequences.
+  // Pair p of this thread: a hidden unit of a sequence. A warp's 32 lie side by side in the tile: 8 units by 4 sequences. Of
+  // the cells of 8 units, warp w's p-th is number p * 8 + w.
   struct Pair {
     int unit, column;      // of the block; of the slice, below 0 where this lane has no pair
     int length;            // of the sequence; 0 where there is none
     int row, next, after;  // packed rows: of the step whose values were asked for, of the two that follow, where kept
-    int place[phases];     // where it is in each stage's operand: 8 times the bytes, and its sequence, turned
+    int place[phases];     // where slot 0 of it is in each stage's operand: 8 * bytes + swizzled(sequence); see stage_value
     int lane;              // where it is in the tile, in lanes
   } pair[pairs];
   // What this warp multiplies in each stage.
@@ -98,7 +99,7 @@ struct Persistent {
       for (int q = 0; q < phases; ++q) {
         const int v = (exchange.rank * (plan.units / vector) + unit / vector) * plan.stage[q].slots;
         const int bytes = (v * places + (few ? 0 : column / 8 * 8)) * 16 + unit % vector * int(sizeof(T));
-        pair[p].place[q] = step_constant(bytes * 8 + turned(column, v, places));
+        pair[p].place[q] = step_constant(bytes * 8 + swizzled(column, v, places));
       }
     }
     divide<0>();
@@ -163,7 +164,7 @@ struct Persistent {
     int c = 0;
     do {
       P sum;
-      const auto load = [&](typename P::Operand& b, int i) { P::load(b, at + unsigned(i * next), turn, quarter); };
+      const auto load = [&](typename P::Operand& b, int i) { P::load(b, at + unsigned(i * next), swizzle, quarter); };
       typename P::Operand b[buffers] = {};
 #pragma unroll
       for (int i = 0; i < ahead; ++i)
@@ -265,14 +266,14 @@ struct Persistent {
 
   // ---- handing over
 
-  // Puts a value of pair p into number k of operand q. Before a sequence's first step and after its last, what is there is
-  // what was, finite or not: no other sequence sees it.
+  // Puts a value of pair p into number k of operand q. Outside of a sequence's steps stale values stay there, perhaps NaN:
+  // no other sequence reads them.
   template <int q>
   __device__ __forceinline__ void stage_value(int p, int slot, int k, T value) const {
     if (pair[p].column < 0) return;
     if (sizeof(T) == 4 && plan.tf32) value = rounded_to_tf32(value);
-    const int place = pair[p].place[q], turn = turned(place & 7, slot, places);
-    store_shared(exchange.part(q, k) + unsigned((place >> 3) + (slot * places + turn) * 16), Hands::clean(value));
+    const int place = pair[p].place[q], column = swizzled(place & 7, slot, places);
+    store_shared(exchange.part(q, k) + unsigned((place >> 3) + (slot * places + column) * 16), Hands::clean(value));
   }
   static __device__ __forceinline__ T rounded_to_tf32(T value) {
     if constexpr (sizeof(T) == 4) {

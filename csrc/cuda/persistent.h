@@ -33,8 +33,8 @@ FUSEDRNN_HD constexpr int groups_of(int count, bool wide) {
 }
 FUSEDRNN_HD constexpr int tiles_of(int count, bool wide) { return count * groups_of(count, wide) / 2; }
 
-// Of a lane's weights, 16 bytes each, those that registers hold; the rest is in shared memory. As many as leave nothing
-// to spill: float32's products need more registers for other things.
+// Of a lane's weights, 16 bytes each, those that registers hold; the rest is in shared memory. The most that the compiler keeps without
+// a spill: float32's products need more registers for other things.
 FUSEDRNN_HD constexpr int words_in_registers(int size, bool backward, Exchange exchange, int phases, int stage) {
   if (size == 2 && phases > 1) return stage == 1 ? 12 : 16;
   if (size == 2) return backward && exchange == Exchange::grid ? 28 : 32;
@@ -48,11 +48,14 @@ struct Stage {
   bool wide;                   // see groups_of
   int row_warps, depth_warps;  // the warps split the units and k
   int chunks, warp_chunks;     // of k: all; of one warp
-  int part, arriving;          // bytes of the operand: what a block gives; what it gets
-  int passes, vector_step, block_step;  // of a cluster: a thread gives 16 bytes to a block, then others to another
-  int bytes;                   // of the operand
-  int operand, weights;        // bytes: where they lie in shared memory. Of a cluster, two operands side by side
-  int handed;                  // bytes: of a grid, where what it gives lies in the workspace of a step
+  // Of a cluster, who stores what: of all (16 bytes, receiving block) a thread takes every 256th, so many times; from one to
+  // the next it goes on by so many of the 16 bytes and of the blocks.
+  int passes, vector_step, block_step;
+  // In bytes.
+  int part, arriving;          // of the operand: what a block gives; what it gets
+  int bytes;                   // of the operand: what arrives, rounded up to whole chunks
+  int operand, weights;        // where they lie in shared memory. Of a cluster, two operands side by side
+  int handed;                  // of a grid, where what it gives lies in the workspace of a step
 };
 
 struct PersistentPlan {

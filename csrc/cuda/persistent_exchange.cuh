@@ -1,7 +1,7 @@
 // How the blocks of the persistent kernel hand each other their parts of an operand: in a cluster by its shared memory, in a
 // grid by global memory, in practice the second cache level.
 //
-// An operand is [16 bytes of k][sequence][16 bytes], the sequences turned (persistent_product.cuh). k goes by block, by 16
+// An operand is [16 bytes of k][sequence][16 bytes], the sequences swizzled (persistent_product.cuh). k goes by block, by 16
 // bytes of units, by slot, so that what a block gives is one piece: the part of its rank.
 #pragma once
 

@@ -39,26 +39,26 @@ bool launch_persistent(const PersistentPlan& plan, const Args& args, void* works
   return true;
 }
 
-template <class T>
-bool persistent_forward(int cell, const PersistentPlan& plan, const ForwardArgs<T>& args, void* workspace,
-                        cudaStream_t stream) {
+template <class T, bool backward, class Args>
+bool launch_cell(int cell, const PersistentPlan& plan, const Args& args, void* workspace, cudaStream_t stream) {
   int number = 0;
 #define FUSEDRNN_LAUNCH(Cell) \
-  if (cell == number++) return launch_persistent<T, Cell, false>(plan, args, workspace, stream);
+  if (cell == number++) return launch_persistent<T, Cell, backward>(plan, args, workspace, stream);
   FUSEDRNN_FOR_EACH_CELL(FUSEDRNN_LAUNCH)
 #undef FUSEDRNN_LAUNCH
   return false;
 }
 
 template <class T>
+bool persistent_forward(int cell, const PersistentPlan& plan, const ForwardArgs<T>& args, void* workspace,
+                        cudaStream_t stream) {
+  return launch_cell<T, false>(cell, plan, args, workspace, stream);
+}
+
+template <class T>
 bool persistent_backward(int cell, const PersistentPlan& plan, const BackwardArgs<T>& args, void* workspace,
                          cudaStream_t stream) {
-  int number = 0;
-#define FUSEDRNN_LAUNCH(Cell) \
-  if (cell == number++) return launch_persistent<T, Cell, true>(plan, args, workspace, stream);
-  FUSEDRNN_FOR_EACH_CELL(FUSEDRNN_LAUNCH)
-#undef FUSEDRNN_LAUNCH
-  return false;
+  return launch_cell<T, true>(cell, plan, args, workspace, stream);
 }
 
 #define FUSEDRNN_PERSISTENT(T)                                                                                 \

@@ -60,8 +60,8 @@ PersistentPlan persistent_plan(const CellInfo& cell, int size, bool backward, in
   p.units = round_up(ceil_div(H, blocks), 8);
   p.blocks = int(ceil_div(H, p.units));
   if (exchange == Exchange::cluster) {
-    // A cluster of another size than asked for would waste no less, and 3 or 5 blocks place badly. One alone is none: blocks
-    // store to one another.
+    // Powers of two alone: other sizes leave as many multiprocessors idle, and pack badly. One block is no cluster, since
+    // blocks store to one another.
     p.blocks = blocks;
     if (blocks < 2) return refuse("a cluster has two blocks or more");
     if (clusters_of(machine, blocks) == 0) return refuse("the device has no clusters of so many blocks");

@@ -6,9 +6,9 @@
 
 namespace fusedrnn::cuda {
 
-// Where the v-th 16 bytes of k of a sequence lie among those of up to 8 sequences: turned, so that eight lanes that load from
-// four neighbours in k and from two sequences meet in no bank.
-FUSEDRNN_HD_INLINE int turned(int sequence, int v, int places) {
+// An operand is [v: 16 bytes of k][column][16 bytes]: the column in which sequence n has its v-th 16 bytes. Swizzled, so that
+// eight lanes that load from four neighbours in k and from two sequences meet in no bank.
+FUSEDRNN_HD_INLINE int swizzled(int sequence, int v, int places) {
   return places >= 8 ? (sequence + 2 * v) & 7 : places == 4 ? (sequence + v) & 3 : 0;
 }
 
@@ -27,9 +27,9 @@ struct Product {
   using Operand = Words;
   float d[tiles][2][4] = {};  // two chains of sums for each tile: one alone would wait for itself
 
-  // at: the q-th 16 bytes of the first sequence; turn: from there to sequence g, below 0 where there is none.
-  static __device__ __forceinline__ void load(Operand& b, SharedAddress at, int turn, int) {
-    load_shared_if(turn >= 0, at + unsigned(turn), b);
+  // at: the q-th 16 bytes of the first sequence; swizzle: from there to sequence g, below 0 where there is none.
+  static __device__ __forceinline__ void load(Operand& b, SharedAddress at, int swizzle, int) {
+    load_shared_if(swizzle >= 0, at + unsigned(swizzle), b);
   }
   // weights(x): of half tile x, or of the x % 2-th pair of k of both halves
   template <class Weights>
@@ -59,7 +59,7 @@ struct Product<float, tiles> {
 
   static __device__ __forceinline__ void load(Operand& b, SharedAddress at, int, int q) {
 #pragma unroll
-    for (int n = 0; n < 8; ++n) b.of[n] = load_shared<Words>(at + unsigned(turned(n, q, 8) * 16));
+    for (int n = 0; n < 8; ++n) b.of[n] = load_shared<Words>(at + unsigned(swizzled(n, q, 8) * 16));
   }
   template <class Weights>
   __device__ __forceinline__ void add(Weights weights, const Operand& b) {

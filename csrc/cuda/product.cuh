@@ -124,7 +124,7 @@ constexpr int staged_bytes = product_chunk * 4;  // of a row
 template <int count, int tiles>
 constexpr int staged_rows = 16 * tiles + product_units * count;  // of a, then of b
 
-// Where 16 bytes lie: turned, so that 8 rows meet in no bank.
+// Where 16 bytes lie: swizzled, so that 8 rows meet in no bank.
 FUSEDRNN_HD_INLINE int staged_at(int row, int part) { return row * staged_bytes + (part ^ (row / 2 & 3)) * 16; }
 
 // Row g + 8 r of tile m, and unit g of gate i, as in multiply().

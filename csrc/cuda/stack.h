@@ -69,7 +69,7 @@ struct StackBackward {
   bool adds;                      // to dx, dstate and dweights
 };
 
-// Both throw Error (check.h) for a failed CUDA call; then nothing of the caller's is in an undefined place but outputs.
+// Both throw Error (check.h) for a failed CUDA call; then only outputs are undefined.
 std::shared_ptr<Tape> run_forward(const StackForward& call, bool training);  // null for inference
 
 // Throws std::runtime_error, with nothing of the caller's written, if x or the weights are not what the tape was made from.

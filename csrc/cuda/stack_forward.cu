@@ -164,7 +164,8 @@ class ForwardPass {
       }
     }
   }
-  // Rows of steps in the order of processing: side by side, if they are all steps or `chunk` allows for them.
+  // Rows of the steps [begin, end) in the order of processing. They are contiguous if these are all steps, or if the ranges
+  // were chosen so (own.chunk).
   struct Rows {
     int64_t first, count;
   };

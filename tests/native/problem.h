@@ -24,6 +24,8 @@ struct Shape {
   bool bias = true, reverse = false, lengths = false, state = true;
   double dropout = 0;
   Spec spec() const { return {cell, I, H, L, D, bias, reverse}; }
+  // Of the longest sum behind a result.
+  double terms() const { return double(std::max<int64_t>(T * (H + std::max(I, D * H)) * L, T * B)); }
   std::string name() const {
     char text[160];
     snprintf(text, sizeof text, "%s T=%d B=%d I=%d H=%d L=%d D=%d%s%s%s%s%s", cells[cell].name, int(T), int(B), int(I), int(H),

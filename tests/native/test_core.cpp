@@ -20,8 +20,6 @@ void close(const std::vector<T>& got, const std::vector<double>& want, double te
   tests::close(std::vector<double>(got.begin(), got.end()), want, factor * double(std::numeric_limits<T>::epsilon()), what);
 }
 
-double terms_of(const Shape& s) { return double(std::max<int64_t>(s.T * (s.H + std::max(s.I, s.D * s.H)) * s.L, s.T * s.B)); }
-
 const char* type_name(float) { return " float"; }
 const char* type_name(double) { return " double"; }
 
@@ -34,7 +32,7 @@ void check_forward(const Shape& shape) {
   const Arrays<double> want = reference_forward(exact, false);
   const Arrays<T> got = forward(p);
   for (size_t i = 0; i < want.size(); ++i)
-    close(got[i], want[i], terms_of(shape), false, name + ": forward output " + std::to_string(i));
+    close(got[i], want[i], shape.terms(), false, name + ": forward output " + std::to_string(i));
   check(same_bits(got, forward<T>(p, nullptr, nullptr, 5)), name + ": strides of y change no bit");
   const Panels<T> panels(shape.spec(), weights_of(p));
   check(same_bits(got, forward<T>(p, nullptr, &panels)), name + ": packing ahead changes no bit");
@@ -45,7 +43,7 @@ void check_forward(const Shape& shape) {
   } else {
     const Arrays<double> dropped = reference_forward(exact, true);
     for (size_t i = 0; i < dropped.size(); ++i)
-      close(trained[i], dropped[i], terms_of(shape), false, name + ": forward output with dropout");
+      close(trained[i], dropped[i], shape.terms(), false, name + ": forward output with dropout");
   }
 }
 
@@ -71,7 +69,7 @@ void check_backward(const Shape& shape) {
   forward(narrow, narrow_tape.get());
   const Arrays<float> narrow_grads = backward(narrow, *narrow_tape);
   for (n = 0; n < grads.size(); ++n)
-    close(narrow_grads[n], grads[n], terms_of(shape), true, shape.name() + ": float gradient of " + p.inputs()[n].first);
+    close(narrow_grads[n], grads[n], shape.terms(), true, shape.name() + ": float gradient of " + p.inputs()[n].first);
 
   Arrays<double> into = grads, sum = grads;
   for (auto& a : into)
@@ -79,7 +77,7 @@ void check_backward(const Shape& shape) {
   const Arrays<double> added = backward(p, *tape, &into);
   for (n = 0; n < sum.size(); ++n) {
     for (size_t e = 0; e < sum[n].size(); ++e) sum[n][e] += into[n][e];
-    close(added[n], sum[n], terms_of(shape), true, shape.name() + ": adding to the gradient of " + p.inputs()[n].first);
+    close(added[n], sum[n], shape.terms(), true, shape.name() + ": adding to the gradient of " + p.inputs()[n].first);
   }
   check(same_bits(grads, backward(p, *tape)), shape.name() + ": a tape used again gives the same bits");
 }

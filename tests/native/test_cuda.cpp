@@ -21,12 +21,10 @@ double eps_of(cuda::DType t) {
                                      : 0x1p-7;
 }
 
-double terms_of(const Shape& s) { return double(std::max<int64_t>(s.T * (s.H + std::max(s.I, s.D * s.H)) * s.L, s.T * s.B)); }
-
 // As tests/bound.py has it: 16 bits are held closer, but relu's gradients, which are all wrong where a value is rounded to the
 // other side of 0.
 double bound_of(const Shape& s, double eps, bool backward) {
-  const double terms = terms_of(s);
+  const double terms = s.terms();
   if (eps < 0x1p-20) return (backward ? 8 : 4) * eps * log_of(terms);
   return backward && cells[s.cell].name == std::string("rnn_relu") ? sqrt(eps) / 4 * log_of(terms)
                                                                    : rounding(eps, terms, backward);
