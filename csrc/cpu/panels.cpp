@@ -49,14 +49,13 @@ void Panels<T>::pack_input(const Weights<const T>& w, int64_t i, int64_t b) {
   const Layer& to = layers_[i];
   k.pack_gates(w.w_ih, H, spec_.input_size(i / spec_.D), cell.slot_gate + cell.input.first, cell.input.count, b, b + 1, to.w_ih,
                to.ih_block);
-  auto fed = [](Span span, int slot) { return slot >= span.first && slot < span.first + span.count; };
   for (int s = 0; s < cell.slots; ++s)
     for (int64_t u = b * lanes; u < (b + 1) * lanes; ++u) {
       T value = 0;
       if (spec_.bias && u < H) {
-        if (fed(cell.input, s)) value += w.b_ih[cell.slot_gate[s] * H + u];
+        if (contains(cell.input, s)) value += w.b_ih[cell.slot_gate[s] * H + u];
         for (int p = 0; p < cell.phases; ++p)
-          if (fed(cell.recurrent[p], s)) value += w.b_hh[cell.slot_gate[s] * H + u];
+          if (contains(cell.recurrent[p], s)) value += w.b_hh[cell.slot_gate[s] * H + u];
       }
       to.bias[(b * cell.slots + s) * lanes + u - b * lanes] = value;
     }

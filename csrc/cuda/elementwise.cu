@@ -137,11 +137,10 @@ struct SlotGates {  // of each slot: its gate, and which bias feeds it
 SlotGates slot_gates(const CellInfo& cell) {
   SlotGates g{};
   g.count = cell.slots;
-  const auto within = [](Span span, int i) { return i >= span.first && i < span.first + span.count; };
   for (int i = 0; i < cell.slots; ++i) {
     g.gate[i] = cell.slot_gate[i];
-    g.input[i] = within(cell.input, i);
-    for (int p = 0; p < cell.phases; ++p) g.recurrent[i] = g.recurrent[i] || within(cell.recurrent[p], i);
+    g.input[i] = contains(cell.input, i);
+    for (int p = 0; p < cell.phases; ++p) g.recurrent[i] = g.recurrent[i] || contains(cell.recurrent[p], i);
   }
   return g;
 }

@@ -8,8 +8,6 @@
 
 namespace fusedrnn::cuda {
 
-FUSEDRNN_HD_INLINE constexpr bool within(Span span, int slot) { return slot >= span.first && slot < span.first + span.count; }
-
 // h_{t-1} of step s, or null for zeros.
 template <class T>
 __device__ __forceinline__ const T* h_before(const ForwardArgs<T>& a, int s, int j) {
@@ -60,10 +58,10 @@ __global__ void __launch_bounds__(product_threads, 1) forward_step(const Call<Fo
                                        v = a.slots[(int64_t(j) * Cell::slots + i) * H + u];
                                      } else {
                                        v = a.bias[i * H + u];
-                                       if (within(Cell::input, i))
+                                       if (contains(Cell::input, i))
                                          v += a.input[(at * H + u) * Cell::input.count + i - Cell::input.first];
                                      }
-                                     if (within(span, i)) v += sum[i - span.first];
+                                     if (contains(span, i)) v += sum[i - span.first];
                                      slot[i] = V(v);
                                    }
                                    state[0] = value_at<V>(h_before(a, s, j), u);
@@ -95,7 +93,7 @@ __global__ void __launch_bounds__(product_threads, 1) forward_step(const Call<Fo
 template <class T, class Number, class Cell, int q>
 __global__ void __launch_bounds__(product_threads, 1) backward_step(const Call<BackwardArgs<T>>* call, int k) {
   using V = CellValue<T>;
-  constexpr int p = q == 0 ? 0 : Cell::phases - q;  // the forward phase whose operand's gradient the product is
+  constexpr int p = forward_phase<Cell>(q);
   constexpr Span span = Cell::recurrent[p];
   const BackwardArgs<T> a = call->args;
   const ForwardArgs<T>& f = a.forward;
@@ -142,7 +140,7 @@ __global__ void __launch_bounds__(product_threads, 1) backward_step(const Call<B
         Cell::template backward<q>(grad, slot, carry, save, V(widen(f.y[at * f.y_row + u])), value_at<V>(h_before(f, s, j), u));
 #pragma unroll
         for (int i = 0; i < Cell::slots; ++i)
-          if (q == 0 || !within(span, i)) gates[i * H] = narrow<T>(slot[i].r);  // not those that other blocks still read
+          if (q == 0 || !contains(span, i)) gates[i * H] = narrow<T>(slot[i].r);  // not those that other blocks still read
 #pragma unroll
         for (int i = 0; i < Cell::states; ++i) a.carry[i][carry_at] = carry[i].r;
       });
