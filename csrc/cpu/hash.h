@@ -21,9 +21,10 @@ FUSEDRNN_INLINE Words multiply_halves(Words w) {
 #endif
 }
 
-// A multilinear hash: the sum of products of the halves of each 64-bit word, under a key of the word's place, and of the
-// word itself, lest a half that equals its key hide the other. It finds changes, not adversaries. Being a sum over words, it
-// may be taken in any pieces. Eight sums side by side keep a vector unit busy, and last over all rows, which may be short.
+// A multilinear hash: the sum, over 64-bit words, of the product of a word's halves, each xor its half of a key of the word's
+// place. The word is also added plainly: if one half equals its key, the product is 0 and would hide the other half. It finds
+// changes, not adversaries. Being a sum over words, it may be taken in any pieces. Eight sums side by side keep a vector unit
+// busy, and last over all rows, which may be short.
 template <class T>
 uint64_t hash(const T* p, int64_t rows, ptrdiff_t stride, int64_t columns, uint64_t place) {
   constexpr int n = 8 * sizeof(uint64_t) / sizeof(Words), lanes = sizeof(Words) / sizeof(uint64_t);

@@ -25,8 +25,8 @@ struct Kernels {
                           T* out, int64_t stride);
   // out[i] = keep(seed, index + i) ? x[i] * scale : 0, where keep holds for a random word of at least `threshold`.
   void (*dropout)(const T* x, T* out, int64_t n, uint64_t seed, uint64_t index, uint32_t threshold, T scale);
-  // Of rows `stride` apart, the first of which starts at a place, in 8-byte words; the same on every ISA, and a sum over pieces
-  // of whole words. A row takes as many places as its stride has words.
+  // The hash of hash.h, of rows `stride` apart; `place` is the first row's, in 8-byte words, and each takes as many places as
+  // its stride has words. The same on every ISA; the hashes of pieces of whole words add up to that of all.
   uint64_t (*hash)(const T* p, int64_t rows, ptrdiff_t stride, int64_t columns, uint64_t place);
   // What the machine can do: floating-point operations done, and n elements read `rounds` times over, n a multiple of 8
   // vectors. What `read` returns only keeps the compiler from leaving out the work.

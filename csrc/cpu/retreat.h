@@ -1,6 +1,5 @@
 // When the machine is shared, a barrier per step waits for the scheduler's time slices, and two threads are slower than
-// one. So a lease that stalled makes the calls of the next while run on one thread. The while doubles where one stalls again
-// soon after it; a stall that comes later is a new trouble.
+// one. After a stall, calls run on one thread for a while, twice as long if the next stall follows soon.
 #pragma once
 
 #include <stdint.h>

@@ -34,7 +34,7 @@ using std::chrono::microseconds;
 
 constexpr int spins_before_yield = 4000;    // some 50 us
 
-std::atomic<int64_t> stalled_us{0};  // waiting under this lease, beyond the first spins, by all of its threads
+std::atomic<int64_t> stalled_us{0};  // what the threads of this lease waited after their spins, added up
 Retreat retreat;
 
 int64_t now_us() { return std::chrono::duration_cast<microseconds>(Clock::now().time_since_epoch()).count(); }
@@ -76,9 +76,9 @@ class Seats {
 
  private:
   void leave(int rank) {
-    // To a core that its caller has, or that it was given itself; what it has left before is no less its own. Asked for each
-    // time, since somebody may have given it others.
-    static thread_local cpu_set_t given, taken;  // `taken`: what is left of these, as set here
+    // Moves to a core, none of a lower rank's, that the caller may use or that others gave this thread, also one that it
+    // left before. Asked for each time, since somebody may have changed either.
+    static thread_local cpu_set_t given, taken;  // its affinity as others set it; as set here last
     cpu_set_t own, set;
     if (sched_getaffinity(0, sizeof own, &own) != 0 || pthread_getaffinity_np(caller_, sizeof set, &set) != 0) return;
     if (!CPU_EQUAL(&own, &taken)) given = own;

@@ -22,8 +22,8 @@ struct Part {
   Part(int64_t n, int rank, int threads) : begin(n * rank / threads), end(n * (rank + 1) / threads) {}
 };
 
-// What the threads of a lease are to do: a function of the rank, by value with what it captures, so that a job and the word
-// that it has come pass from core to core in one line. It must be small: capture by reference.
+// What the threads of a lease are to do: a function of the rank, by value with what it captures, so that a job and the flag
+// that it is there share a cache line. It must be small: capture by reference.
 class Job {
  public:
   template <class Work>
