@@ -28,12 +28,12 @@ struct Rows {
   FUSEDRNN_INLINE T* at(int64_t s, int64_t j) const { return base + s * step + row[j]; }
 };
 
-// Where a row of the batch has its parts at one step; null for those that it does not have.
+// All pointers that one row of the batch needs at one step. Null: the cell or the pass has no such array.
 template <class T>
 struct Place {
   const T *x, *h;      // what the products multiply: x_t (I) and h_{t-1} (H)
   T* operand;          // of the second phase (H)
-  T *y, *copy, *last;  // what h_t is stored to (H)
+  T *y, *copy, *last;  // what h_t is stored to (H); last: null but where a sequence or a range of steps ends
   T *state, *saved;    // the second state (H), in place, and the tape's values (saved * H)
 };
 
@@ -49,7 +49,7 @@ struct Plan {
   int unit_threads = 1;     // the hidden units are split so many ways, with a barrier after each phase of a step
   int64_t chunk_steps = 1;  // time steps whose input product is computed at once
   bool fused = false;       // in chunks of one step a tile makes both products
-  bool far = false;         // what a thread's products read again and again does not stay in its second cache level
+  bool prefetch = false;    // what a thread reads again in each step exceeds its L2, so tiles prefetch the next panel
   int64_t chunk_rows = 1;   // rows of backward whose weight gradients are computed at once (at least one step's)
   double estimated_us = 0;  // what the cost model expects of the layer; for FUSEDRNN_TRACE
   FUSEDRNN_INLINE int threads() const { return row_threads * unit_threads; }
@@ -67,7 +67,8 @@ struct Team {
   int rank;
 };
 
-// From block to block of the panels below: a vector more than they need, so that neighbours share no cache sets.
+// Distance between blocks of the panels below: one vector more than they need, so that a row's vectors in neighbouring blocks
+// do not all fall into one cache set.
 FUSEDRNN_INLINE int64_t operand_panel_stride(int64_t chunk_rows, int64_t lanes) { return (chunk_rows + 1) * lanes; }
 
 template <class T>
@@ -88,13 +89,13 @@ struct ForwardArgs {
   // Tape: null for inference
   T* saved;                       // (N, saved * H): per row [blocks of H][saved][lanes], the last block as wide as it is
   T* operand;                     // (N, H) operands of the second phase; (B, H) for inference; null with one phase
-  int64_t turn;                   // step number of s = 0, for a stream: see there_and_back
+  int64_t turn;                   // added to s in there_and_back: a stream, whose every step is s = 0, alternates 0 and 1
   // Workspace
   T* pre;                         // per thread [chunk_steps][its rows][its blocks][slots * lanes], pre_thread apart
   int64_t pre_thread;
   Place<T>* place;                // per thread [its rows], place_thread apart: at the step that runs
   int64_t place_thread;
-  T* carry;                       // (B, H): h from one range of steps to the next; null where there is one range
+  T* range_h;                     // (B, H): h from one range of steps to the next; null where there is one range
   const T* zeros;                 // H + lanes zeros
 };
 
@@ -114,9 +115,10 @@ struct BackwardArgs {
   const T* w_hh_t[max_phases];               // [blocks of H][blocks of H * recurrent[p].count * lanes][lanes]
   int64_t ih_block, hh_block[max_phases];
   // Workspace, shared by the team
-  T* gates;                                  // [blocks of H][B + chunk_rows][slots * lanes]: the slots' gradients
-  int64_t gates_block;
-  T* carry[max_states];                      // (B, blocks of H * lanes)
+  T* slot_grads;                             // [blocks of H][B + chunk_rows][slots * lanes], slot_grads_block apart
+  int64_t slot_grads_block;
+  T* dcarry[max_states];                     // (B, blocks of H * lanes): from step to step, what no product brings of the
+                                             // states' gradients
   T* x_panel;                                // [blocks of I][chunk_rows][lanes], operand_panel_stride apart
   T* h_panel[max_phases];                    // [blocks of H][chunk_rows][lanes], likewise
   T *sum_w_ih, *sum_w_hh;                    // like dw: the running block of 4096 rows; null where dw itself can hold it

@@ -25,8 +25,8 @@ def own_plans_again():
 
 
 @contextmanager
-def plan(row_threads=0, unit_threads=0, chunk_steps=0, chunk_rows=0, teams=0, ranges=0, fused=0, far=0):
-    _core.override_plan(row_threads, unit_threads, chunk_steps, chunk_rows, teams, ranges, fused, far)
+def plan(row_threads=0, unit_threads=0, chunk_steps=0, chunk_rows=0, teams=0, ranges=0, fused=0, prefetch=0):
+    _core.override_plan(row_threads, unit_threads, chunk_steps, chunk_rows, teams, ranges, fused, prefetch)
     try:
         yield
     finally:
@@ -47,11 +47,13 @@ def test_every_plan_of_a_grid(cell, dtype, shape):
     # Only chunks of one step can be fused (1), or not (2).
     chunks = [(1, B, 1), (1, 0, 2), (2, B + 1, 0), (3, 2 * B, 0), (T - 1, 3 * B + 1, 0), (T, T * B, 0)]
     chunks.append((0, 0, 0))
-    # Asking ahead, in turn with not: seven chunks are an odd number, so each of them and each cut meets both.
+    # Panels are prefetched in every other plan: seven chunks are an odd number, so each of them and each cut
+    # meets both.
     with fr.num_threads(9):
         for number, (row_threads, unit_threads, chunk) in enumerate(product((1, 2, 3), (1, 2, 3), chunks)):
             chunk_steps, chunk_rows, fused = chunk
-            with plan(row_threads, unit_threads, chunk_steps, chunk_rows, fused=fused, far=1 + number % 2):
+            prefetch = 1 + number % 2
+            with plan(row_threads, unit_threads, chunk_steps, chunk_rows, fused=fused, prefetch=prefetch):
                 assert_same_bits(run(call), want)
 
 

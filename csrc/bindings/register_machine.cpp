@@ -120,9 +120,11 @@ void register_machine(py::module_& m) {
   m.def(
       "override_plan",
       [](int row_threads, int unit_threads, int64_t chunk_steps, int64_t chunk_rows, int teams, int64_t ranges, int fused,
-         int far) { set_plan_override({row_threads, unit_threads, chunk_steps, chunk_rows, teams, ranges, fused, far}); },
+         int prefetch) {
+        set_plan_override({row_threads, unit_threads, chunk_steps, chunk_rows, teams, ranges, fused, prefetch});
+      },
       py::arg("row_threads") = 0, py::arg("unit_threads") = 0, py::arg("chunk_steps") = 0, py::arg("chunk_rows") = 0,
-      py::arg("teams") = 0, py::arg("ranges") = 0, py::arg("fused") = 0, py::arg("far") = 0,
+      py::arg("teams") = 0, py::arg("ranges") = 0, py::arg("fused") = 0, py::arg("prefetch") = 0,
       "For tests: replaces what plans choose, where above 0. The results of a call do not depend on it.");
 }
 

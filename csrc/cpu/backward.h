@@ -17,60 +17,67 @@ struct Backward {
   const Share share = forward.share;
   const int64_t H = f.H, blocks = ceil_div(H, L), padded = blocks * L;
   const int64_t batch = f.schedule.batch;
-  const bool far = team.plan.far;
+  const bool prefetches = team.plan.prefetch;  // panels: see Plan
   const int64_t panel_stride = operand_panel_stride(team.plan.chunk_rows, L);
 
   Backward(const BackwardArgs<T>& args, const Team& team)
       : a(args), forward(args.forward, team, 0, args.forward.schedule.steps), team(team) {}
 
-  // Row i of the chunk's gradients of block b; rows [0, batch) are those of the step before the chunk.
-  FUSEDRNN_INLINE T* gates(int64_t b, int64_t i) const { return a.gates + b * a.gates_block + i * slots; }
+  // The gradients of block b's slots, row i of them. The rows of a chunk, in the order in which the loop meets them:
+  //
+  //   [0, B): step hi + 1, kept from the previous chunk | from row B on: hi | hi - 1 | .. | lo, active[s] rows of each
+  FUSEDRNN_INLINE T* slot_grads(int64_t b, int64_t i) const { return a.slot_grads + b * a.slot_grads_block + i * slots; }
 
   // Steps end - 1 down to begin; the call before, if any, ran those from `end` on.
   void run(int64_t begin, int64_t end) const {
     const int64_t* active = f.schedule.active;
-    int64_t done = f.schedule.offset[f.schedule.steps] - f.schedule.offset[end];  // rows reduced so far
-    int64_t last = 0;  // where the gradients of step s + 1 start
-    if (end == f.schedule.steps) start_carry();
+    int64_t done = f.schedule.offset[f.schedule.steps] - f.schedule.offset[end];  // rows of the chunks before this one
+    int64_t next_at = 0;  // the row where the gradients of step s + 1 start
+    if (end == f.schedule.steps) start_dcarry();
     for (int64_t s = end - 1; s >= begin;) {
       const int64_t hi = s;
-      int64_t rows = 0;
-      for (; s >= begin && (rows == 0 || rows + active[s] <= team.plan.chunk_rows); --s) {
-        step<0>(s, last, batch + rows);
-        last = batch + rows;
-        rows += active[s];
+      int64_t used = 0;  // rows of this chunk
+      for (; s >= begin && (used == 0 || used + active[s] <= team.plan.chunk_rows); --s) {
+        step<0>(s, next_at, batch + used);
+        next_at = batch + used;
+        used += active[s];
       }
-      chunk_gradients(s + 1, hi, rows, done);
-      done += rows;
+      chunk_gradients(s + 1, hi, used, done);
+      done += used;
       if (s >= 0) {
-        for (int64_t b = share.b0; b < share.b1; ++b)
-          for (int64_t r = 0; r < forward.running(s + 1); ++r) {
-            const int64_t j = share.row(r);
-            for (int i = 0; i < Cell::slots; ++i) V::load(gates(b, last + j) + i * L).store(gates(b, j) + i * L);
-          }
-        last = 0;
+        keep_step(s + 1, next_at);
+        next_at = 0;
         wait(team.all, team.rank);
       }
     }
     if (begin > 0) return;
-    product<0>(-1, last, [&](int64_t j, int64_t b0, int64_t b1, const T* grad) {
-      T* const to = a.carry[0] + j * padded + b0 * L;
+    product<0>(-1, next_at, [&](int64_t j, int64_t b0, int64_t b1, const T* grad) {
+      T* const to = a.dcarry[0] + j * padded + b0 * L;
       for (int64_t b = 0; b < b1 - b0; ++b) V::load(grad + b * L).store(to + b * L);
     });
-    finish_carry();
+    finish_dcarry();
   }
 
-  void start_carry() const {
+  // Copies the gradients of step s from row `at` on to row 0 and the next, where the next chunk finds them.
+  FUSEDRNN_INLINE void keep_step(int64_t s, int64_t at) const {
+    for (int64_t b = share.b0; b < share.b1; ++b)
+      for (int64_t r = 0; r < forward.running(s); ++r) {
+        const int64_t j = share.row(r);
+        for (int i = 0; i < Cell::slots; ++i) V::load(slot_grads(b, at + j) + i * L).store(slot_grads(b, j) + i * L);
+      }
+  }
+
+  void start_dcarry() const {
     for (int i = 0; i < Cell::states; ++i)
       for (int64_t r = 0; r < share.rows; ++r)
         for (int64_t b = share.b0; b < share.b1; ++b) {
           const int64_t j = share.row(r);
           const T* from = a.dfinal_state[i] ? a.dfinal_state[i] + f.state_row[j] + b * L : f.zeros;
-          V::load(from, block_width<T>(H, b)).store(a.carry[i] + j * padded + b * L);
+          V::load(from, block_width<T>(H, b)).store(a.dcarry[i] + j * padded + b * L);
         }
   }
 
-  void finish_carry() const {
+  void finish_dcarry() const {
     for (int i = 0; i < Cell::states; ++i)
       if (a.dstate[i])
         for (int64_t r = 0; r < share.rows; ++r)
@@ -78,12 +85,12 @@ struct Backward {
             const int64_t j = share.row(r);
             int width = block_width<T>(H, b);
             T* to = a.dstate[i] + f.state_row[j] + b * L;
-            V v = V::load(a.carry[i] + j * padded + b * L);
+            V v = V::load(a.dcarry[i] + j * padded + b * L);
             (a.adds ? V::load(to, width) + v : v).store(to, width);
           }
   }
 
-  // Phase 0: dL/dh_t = dy + carry + what step s + 1 sends back, then the cell. Later phases: an operand's gradient.
+  // Phase 0: dL/dh_t = dy + dcarry + what step s + 1 sends back, then the cell. Later phases: an operand's gradient.
   template <int q>
   FUSEDRNN_INLINE void step(int64_t s, int64_t next, int64_t now) const {
     product<q>(s, q == 0 ? next : now, [&](int64_t j, int64_t b0, int64_t b1, const T* grad) {
@@ -123,11 +130,11 @@ struct Backward {
     }
   };
 
-  // result(r), or out[r], = cin[r] + a[r] times the panel at b, for n rows; b_block, a_segment, k and cin_block are t's. The
-  // tiles of the last piece of the panel ask for ahead(i).
-  template <class Ask>
+  // result(r), or out[r], = cin[r] + a[r] times the panel at b, for n rows; b_block, a_segment, k and cin_block are t's. Tile
+  // i of the panel's last piece prefetches from follows(i) on.
+  template <class Follows>
   FUSEDRNN_INLINE void run_batch(Batch& batch, int n, Tile<T>& t, const T* b, int64_t segments, int64_t piece,
-                                 Ask ahead) const {
+                                 Follows follows) const {
     const Cut tiles{n, ceil_div(n, tile_max_rows(batch.vectors))};
     const ptrdiff_t cin_block = t.cin_block;
     t.cout_block = L;
@@ -143,9 +150,9 @@ struct Backward {
           t.cout[r] = last && batch.direct ? batch.out[r0 + r] : batch.result(r0 + r);
           t.cin[r] = first == 0 ? batch.cin[r0 + r] : batch.result(r0 + r);
         }
-        t.ahead = !far   ? nullptr
-                  : last ? ahead(i)
-                         : share_of_next<T, 1>(t.b + piece * t.k * L, t.b_block, piece * t.k, batch.vectors, i);
+        t.prefetch_from = !prefetches ? nullptr
+                          : last      ? follows(i)
+                                      : next_panel_share<T, 1>(t.b + piece * t.k * L, t.b_block, piece * t.k, batch.vectors, i);
         run_products<1, Layout::segments>(rows, batch.vectors, t);
       }
     }
@@ -153,10 +160,10 @@ struct Backward {
   }
 
   // Calls then(j, b0, b1, grad) for every running row and a few blocks of the share, where grad holds the gradient of the
-  // operand of the matching forward phase: W_hh^T times the slots' gradients at rows `from`, on top of the carry when q = 0.
+  // operand of the matching forward phase: W_hh^T times the slots' gradients at rows `from`, on top of dcarry when q = 0.
   template <int q, class Then>
   FUSEDRNN_INLINE void product(int64_t s, int64_t from, Then then) const {
-    constexpr int p = q == 0 ? 0 : Cell::phases - q;
+    constexpr int p = forward_phase<Cell>(q);
     constexpr Span span = Cell::recurrent[p];
     const int64_t steps = f.schedule.steps;
     // Rows that ended at step s got nothing from a later step: for them the product is empty.
@@ -164,9 +171,9 @@ struct Backward {
     int64_t ends = s >= 0 ? forward.running(s) : fed;
     Batch batch;
     Tile<T> t;
-    t.k = span.count * L, t.a_segment = a.gates_block;
+    t.k = span.count * L, t.a_segment = a.slot_grads_block;
     t.b_block = a.hh_block[p], t.cin_block = q == 0 ? L : 0;
-    t.ahead_segment = t.k * L;
+    t.prefetch_segment = t.k * L;
     for (int part = 0; part < 2; ++part) {
       const int64_t part0 = part == 0 ? 0 : fed, rows = (part == 0 ? fed : ends) - part0;
       if (rows <= 0) continue;
@@ -186,11 +193,11 @@ struct Backward {
             for (int64_t b = 0; b < blocks; ++b)
               if (b < share.b0 || b >= share.b1)
                 for (int64_t r = row.begin(i + 1); r < row.begin(i + 2); ++r)
-                  prefetch<false>(gates(b, from + share.row(r)), slots);
+                  prefetch<false>(slot_grads(b, from + share.row(r)), slots);
           for (int r = 0; r < n; ++r) {
             const int64_t j = share.row(i0 + r);
-            batch.a[r] = gates(0, from + j) + span.first * L;
-            batch.cin[r] = q == 0 ? a.carry[0] + j * padded + b0 * L : f.zeros;
+            batch.a[r] = slot_grads(0, from + j) + span.first * L;
+            batch.cin[r] = q == 0 ? a.dcarry[0] + j * padded + b0 * L : f.zeros;
             if (s >= 0) {
               prefetch<false>(forward.saved(s, j, b0), (b1 - b0) * L * Cell::saved);
               if (q == 0 && a.dy.base) prefetch<false>(a.dy.at(s, j) + b0 * L, (b1 - b0) * L);
@@ -204,8 +211,8 @@ struct Backward {
           const T* const after = a.w_hh_t[p] + (share.b0 + next.begin) * a.hh_block[p];
           run_batch(batch, n, t, panel, segments, piece.segments, [&](int64_t tile) {
             const bool cut = piece.segments < segments;  // then the next rows begin with the panel's first piece
-            const T* const follows = cut && i + 1 < row.pieces ? panel : after;
-            return share_of_next<T, 1>(follows, t.b_block, piece.segments * t.k, b1 - b0, cut ? tile : i);
+            const T* const next_panel = cut && i + 1 < row.pieces ? panel : after;
+            return next_panel_share<T, 1>(next_panel, t.b_block, piece.segments * t.k, b1 - b0, cut ? tile : i);
           });
           for (int r = 0; r < n; ++r) then(share.row(i0 + r), b0, b1, batch.result(r));
         }
@@ -217,38 +224,38 @@ struct Backward {
   // the compiler cannot know that what is stored meanwhile changes none of it.
   struct RowAt {
     const T *dy, *h, *h_prev, *saved;
-    T *gates, *carry[Cell::states];
-    ptrdiff_t gates_block;
+    T *slot_grads, *dcarry[Cell::states];
+    ptrdiff_t slot_grads_block;
     FUSEDRNN_INLINE RowAt(const Backward& w, int64_t s, int64_t now, int64_t j)
         : dy(w.a.dy.base ? w.a.dy.at(s, j) : nullptr), h(w.f.y.at(s, j)), h_prev(w.forward.h_prev(s, j)),
-          saved(w.forward.saved(s, j, 0)), gates(w.gates(0, now + j)), gates_block(w.a.gates_block) {
-      for (int i = 0; i < Cell::states; ++i) carry[i] = w.a.carry[i] + j * w.padded;
+          saved(w.forward.saved(s, j, 0)), slot_grads(w.slot_grads(0, now + j)), slot_grads_block(w.a.slot_grads_block) {
+      for (int i = 0; i < Cell::states; ++i) dcarry[i] = w.a.dcarry[i] + j * w.padded;
     }
   };
 
   template <int q, bool full>
   FUSEDRNN_INLINE void cell(const RowAt& at, int64_t b, int width, const T* product) const {
     const Lanes<T, full> lanes{width};
-    constexpr Span operand = Cell::recurrent[q == 0 ? 0 : Cell::phases - q];  // of this phase's product
+    constexpr Span operand = Cell::recurrent[forward_phase<Cell>(q)];  // of this phase's product
     const int64_t u = b * L;
     V slot[Cell::slots], carry[Cell::states], save[Cell::saved + 1];
     V grad = V::load(product);
     if (q == 0 && at.dy) grad = grad + lanes.load(at.dy + u);
 #pragma GCC unroll 8
-    for (int i = 0; i < Cell::states; ++i) carry[i] = V::load(at.carry[i] + u);
+    for (int i = 0; i < Cell::states; ++i) carry[i] = V::load(at.dcarry[i] + u);
     const T* const saved = at.saved + u * Cell::saved;
 #pragma GCC unroll 8
     for (int i = 0; i < Cell::saved; ++i) save[i] = lanes.load(saved + i * lanes.stride());
-    T* const to = at.gates + b * at.gates_block;
+    T* const to = at.slot_grads + b * at.slot_grads_block;
 #pragma GCC unroll 8
     for (int i = 0; i < Cell::slots; ++i) slot[i] = q == 0 ? V(T(0)) : V::load(to + i * L);
     Cell::template backward<q>(grad, slot, carry, save, lanes.load(at.h + u), lanes.load(at.h_prev + u));
 #pragma GCC unroll 8
     for (int i = 0; i < Cell::slots; ++i)
-      if (q == 0 || i < operand.first || i >= operand.first + operand.count)  // not those that other threads still read
+      if (q == 0 || !contains(operand, i))  // not those that other threads still read
         lanes.clear_rest(slot[i]).store(to + i * L);
 #pragma GCC unroll 8
-    for (int i = 0; i < Cell::states; ++i) carry[i].store(at.carry[i] + u);
+    for (int i = 0; i < Cell::states; ++i) carry[i].store(at.dcarry[i] + u);
   }
 
   // The rows of a chunk, in the order in which the loop met them.
@@ -280,7 +287,8 @@ struct Backward {
   // This rank's share of n tasks.
   FUSEDRNN_INLINE Cut tasks(int64_t n) const { return {n, team.plan.threads()}; }
 
-  // The operands' rows as panels for the outer products. With one gate a thread's columns are those that it reads there.
+  // Packs x, h and later phases' operands as panels for the outer products. Where those go by columns, a thread packs about
+  // the columns that it reads there.
   void pack_operands(int64_t hi, int64_t rows) const {
     const Cut input = tasks(ceil_div(f.I, L)), hidden = tasks(blocks);
     pack_rows(hi, rows, input.begin(team.rank), input.begin(team.rank + 1), f.I, a.x_panel,
@@ -301,12 +309,14 @@ struct Backward {
     }
   }
 
-  // dw[gate(slot) * H + u][n] += sum over rows of gates[slot, u] * panel[n], for the slots of a span.
+  // dw[gate(slot) * H + u][n] += sum over rows of slot_grads[slot, u] * panel[n], for the slots of a span.
   void outer_product(Span span, int64_t N, const T* panel, T* dw, T* sum, int64_t rows, int64_t done, bool last) const {
     constexpr int wide = outer_tile_vectors;
     const Cut columns{ceil_div(N, L), ceil_div(ceil_div(N, L), wide)};
     Cut cut = tasks(blocks * columns.pieces);
-    const bool by_columns = span.count < wide;  // of gradients and panel, the larger part of a task is met again and again
+    // A task multiplies a block's gradients, count vectors a row, with `wide` vectors a row of the panel. Tasks that follow one
+    // another share the larger of the two.
+    const bool by_columns = span.count < wide;
     alignas(64) T scratch[8 * wide * L];
     Tile<T> t;
     t.segments = 1, t.a_stride = slots, t.b_block = panel_stride;
@@ -316,8 +326,8 @@ struct Backward {
       const int64_t n0 = columns.begin(g), vectors = columns.begin(g + 1) - n0;
       const int64_t width = smallest(N - n0 * L, vectors * L);
       const bool whole = width == vectors * L;
-      const bool passes =
-          far && b + 1 < blocks && task + 1 < cut.begin(team.rank + 1) && (by_columns || g + 1 == columns.pieces);
+      const bool to_next_block =  // whether this rank's next task is of block b + 1
+          prefetches && b + 1 < blocks && task + 1 < cut.begin(team.rank + 1) && (by_columns || g + 1 == columns.pieces);
       for (int64_t r0 = 0, r1; r0 < rows; r0 = r1) {  // up to the next border of a block of the reduction
         r1 = smallest(rows, r0 + reduction_rows - (done + r0) % reduction_rows);
         const bool starts = (done + r0) % reduction_rows == 0;
@@ -336,7 +346,7 @@ struct Backward {
           T* to = (sum ? sum : dw) + row;
           if (i + 1 < tiles)
             for (int r = 0; r < n; ++r) prefetch<true>((sum ? sum : dw) + first_row(i + 1) + r * N, width);
-          t.a[0] = gates(b, batch + r0) + (span.first + i / lane.pieces) * L + lane0;
+          t.a[0] = slot_grads(b, batch + r0) + (span.first + i / lane.pieces) * L + lane0;
           for (int r = 0; r < n; ++r) {
             t.cout[r] = whole ? to + r * N : scratch + r * wide * L;
             t.cin[r] = starts ? f.zeros : t.cout[r];
@@ -344,8 +354,8 @@ struct Backward {
               for (int64_t v = 0; v < width; ++v) t.cout[r][v] = to[r * N + v];
           }
           t.cin_block = starts ? 0 : L, t.cout_block = L;
-          // The gradients of the next block, if it comes next: they lie one after the other.
-          t.ahead = passes && i < Cell::slots ? gates(b + 1, batch + r0) + i * t.k * L : nullptr;
+          // The i-th share of the next block's gradients, all of which are one piece of memory.
+          t.prefetch_from = to_next_block && i < Cell::slots ? slot_grads(b + 1, batch + r0) + i * t.k * L : nullptr;
           run_products<1, Layout::columns>(n, int(vectors), t);
           if (!whole)
             for (int r = 0; r < n; ++r)
@@ -373,7 +383,7 @@ struct Backward {
         V acc[Cell::slots];
         for (int i = 0; i < Cell::slots; ++i) acc[i] = (done + r0) % reduction_rows == 0 ? V(T(0)) : V::load(sum + i * L);
         for (int64_t r = r0; r < r1; ++r)
-          for (int i = 0; i < Cell::slots; ++i) acc[i] += V::load(gates(b, batch + r) + i * L);
+          for (int i = 0; i < Cell::slots; ++i) acc[i] += V::load(slot_grads(b, batch + r) + i * L);
         for (int i = 0; i < Cell::slots; ++i) acc[i].store(sum + i * L);
         if ((done + r1) % reduction_rows != 0 && !(last && r1 == rows)) continue;
         const bool adds = a.adds || done + r0 >= reduction_rows;
@@ -397,7 +407,7 @@ struct Backward {
     const Cut mine{tiling.block.pieces, team.plan.unit_threads};
     Batch batch;
     Tile<T> t;
-    t.k = Cell::input.count * L, t.a_segment = a.gates_block;
+    t.k = Cell::input.count * L, t.a_segment = a.slot_grads_block;
     t.b_block = a.ih_block, t.cin_block = 0;
     for (int64_t g = mine.begin(share.unit); g < mine.begin(share.unit + 1); ++g) {
       const int64_t n0 = tiling.block.begin(g), vectors = tiling.block.begin(g + 1) - n0;
@@ -406,7 +416,7 @@ struct Backward {
       const Pieces piece(t.k, blocks, rows, vectors);
       const Cut row{rows, ceil_div(rows, piece.rows)};
       const bool cut = piece.segments < blocks;
-      t.ahead_segment = cut ? t.k * L : t.a_segment;
+      t.prefetch_segment = cut ? t.k * L : t.a_segment;
       // The share's row `own` of `here` at step s; row (s, j) of the chunk is number before + j.
       int64_t s = hi, own = 0, here = forward.running(hi), before = 0;
       for (int64_t i = 0; i < row.pieces; ++i) {
@@ -414,7 +424,7 @@ struct Backward {
         for (int r = 0; r < n; ++r, ++own) {
           while (own >= here) before += f.schedule.active[s], --s, own = 0, here = forward.running(s);
           const int64_t j = share.row(own);
-          batch.a[r] = gates(0, this->batch + before + j) + Cell::input.first * L;
+          batch.a[r] = slot_grads(0, this->batch + before + j) + Cell::input.first * L;
           batch.cin[r] = f.zeros;
           batch.out[r] = a.dx.at(s, j) + n0 * L;
           prefetch<true>(batch.out[r], width);  // the tile's stores would wait for it
@@ -422,7 +432,7 @@ struct Backward {
         const T* const panel = a.w_ih_t + n0 * a.ih_block;
         run_batch(batch, n, t, panel, blocks, piece.segments, [&](int64_t tile) {
           if (!cut) return i + 1 < row.pieces ? batch.a[0] + n * share.stride * slots : nullptr;  // the next rows' gradients
-          return share_of_next<T, 1>(panel, t.b_block, piece.segments * t.k, vectors, tile);
+          return next_panel_share<T, 1>(panel, t.b_block, piece.segments * t.k, vectors, tile);
         });
         if (!batch.direct)
           for (int r = 0; r < n; ++r) add_to(batch.out[r], batch.result(r), width, a.dx_adds);

@@ -37,7 +37,8 @@ enum class Pass { training, packed_before, packed_now, backward };
 
 inline uint64_t mixed(uint64_t sum, uint64_t part) { return (sum ^ part) * 0x9e3779b97f4a7c15u; }
 
-// A number for calls that take as long: of one pass over so many rows. `wants`: which results.
+// Hash of all that a call's duration depends on, but for the threads; calls with equal hashes share a tuner. `wants`: which
+// results.
 inline uint64_t kind_of(const Spec& spec, const LayerSize& bottom, int64_t rows, Pass pass, bool drops, int wants) {
   uint64_t kind = 0;
   for (int64_t part : {int64_t(spec.cell), spec.L, bottom.T, bottom.B, bottom.I, bottom.H, int64_t(bottom.element_bytes),
@@ -49,8 +50,8 @@ inline uint64_t kind_of(const Spec& spec, const LayerSize& bottom, int64_t rows,
 // The threads of a call in teams: one team for all, one for each direction, or one for some neighbouring layers each.
 class Crew {
  public:
-  // `make_plan` makes the plan of a layer, and `make_wave` that of the stack, for a number of threads. `kind`: of calls that
-  // take as long, see kind_of.
+  // `make_plan` makes the plan of a layer, and `make_wave` that of the stack, for a number of threads. `kind`: of
+  // kind_of.
   template <class MakePlan, class MakeWave>
   Crew(const Spec& spec, uint64_t kind, MakePlan make_plan, MakeWave make_wave)
       : L_(int(spec.L)), D_(spec.D), wanted_(choose_threads(spec, kind, make_plan, make_wave)), lease_(wanted_),
@@ -208,7 +209,8 @@ class Trace {
             pass, spec.info().name, (long long)l, (long long)T_, (long long)B, (long long)spec.input_size(l), (long long)spec.H,
             sizeof(T) == 4 ? "float32" : "float64", isa().c_str(), plan.row_threads, plan.unit_threads, beside,
             (long long)plan.chunk_steps, (long long)plan.chunk_rows,
-            plan.fused && plan.chunk_steps == 1 ? ", both products in one tile" : "", plan.far ? ", asking ahead" : "");
+            plan.fused && plan.chunk_steps == 1 ? ", both products in one tile" : "",
+            plan.prefetch ? ", prefetching panels" : "");
   }
   void took(double expected_us) {
     const double us = std::chrono::duration<double, std::micro>(Clock::now() - start_).count();

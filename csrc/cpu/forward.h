@@ -14,21 +14,21 @@ struct Forward {
   static constexpr bool fuses = tile_accumulators >= 24 || Cell::slots == Cell::input.count;
   const ForwardArgs<T>& a;
   const int64_t begin, end;  // the steps to run
-  const bool far;            // see Plan
+  const bool prefetches;     // panels: see Plan
   const Share share;
   const int64_t blocks = share.b1 - share.b0;
   T* const pre;
   Place<T>* const place;  // of the share's rows, at the step that runs
 
   Forward(const ForwardArgs<T>& args, const Team& team, int64_t begin, int64_t end)
-      : a(args), begin(begin), end(end), far(team.plan.far), share(share_of<T>(team, args.schedule, args.H)),
+      : a(args), begin(begin), end(end), prefetches(team.plan.prefetch), share(share_of<T>(team, args.schedule, args.H)),
         pre(args.pre + team.rank * args.pre_thread), place(args.place + team.rank * args.place_thread) {}
 
   // Rows of the share that run at step s: share.row(0) and the next.
   FUSEDRNN_INLINE int64_t running(int64_t s) const { return share.among(a.schedule.active[s]); }
   FUSEDRNN_INLINE const T* h_prev(int64_t s, int64_t j) const {
     if (s > begin) return a.y.at(s - 1, j);
-    if (s > 0) return a.carry + a.state_row[j];
+    if (s > 0) return a.range_h + a.state_row[j];
     return a.state[0] ? a.state[0] + a.state_row[j] : a.zeros;
   }
   FUSEDRNN_INLINE T* operand(int64_t s, int64_t j) const { return a.operand + (a.saved ? a.schedule.offset[s] + j : j) * a.H; }
@@ -38,7 +38,7 @@ struct Forward {
   FUSEDRNN_INLINE Place<T> place_of(int64_t s, int64_t j) const {
     const ptrdiff_t row = a.state_row[j];
     const bool ends = j >= a.schedule.active[s + 1];
-    T* const last = ends || (s + 1 == end && a.carry) ? (ends ? a.final_state[0] : a.carry) + row : nullptr;
+    T* const last = ends || (s + 1 == end && a.range_h) ? (ends ? a.final_state[0] : a.range_h) + row : nullptr;
     return {a.x.at(s, j),
             h_prev(s, j),
             Cell::phases > 1 ? operand(s, j) : nullptr,
@@ -53,6 +53,17 @@ struct Forward {
     return pre + ((s - c) * share.rows + i) * blocks * slots;
   }
 
+  // How the slots of a step come about:
+  //
+  //   chunk of several steps            input_product() of the whole chunk, then in each step phase() adds W_hh h
+  //   chunk of one step                 phase(), for one piece of the blocks after the other: input_product() of the step,
+  //                                     then it adds W_hh h
+  //   chunk of one step, plan.fused     phase(): one StepTile makes both; if the cell has one phase, the slots never leave
+  //                                     its scratch
+  //   only one row runs                 one_row(): the slots stay in registers up to the cell, from the bias in a chunk of
+  //                                     one step, else from what input_product() left
+  //
+  // All give the same bits: bias, W_ih x and W_hh h make one chain of fma. A cell's later phases have no input product.
   void run(const Team& team) const {
     if (begin == 0) start_states();
     for (int64_t c = begin; c < end; c += team.plan.chunk_steps) {
@@ -98,12 +109,11 @@ struct Forward {
           t.cout[r] = row + Cell::input.first * L;
           for (int64_t b = b0; b < b1; ++b)  // slots that x does not feed start from their bias
             for (int v = 0; v < Cell::slots; ++v)
-              if (v < Cell::input.first || v >= Cell::input.first + Cell::input.count)
-                V::load(a.bias + b * slots + v * L).store(row + (b - b0) * slots + v * L);
+              if (!contains(Cell::input, v)) V::load(a.bias + b * slots + v * L).store(row + (b - b0) * slots + v * L);
         }
-        t.ahead = !far ? nullptr
-                       : share_of_next<T, Cell::input.count>(a.w_ih + (first + next.begin) * a.ih_block, a.ih_block, a.I,
-                                                             next.size(), p);
+        t.prefetch_from = !prefetches ? nullptr
+                                      : next_panel_share<T, Cell::input.count>(a.w_ih + (first + next.begin) * a.ih_block,
+                                                                               a.ih_block, a.I, next.size(), p);
         run_products<Cell::input.count>(n, int(b1 - b0), t);
       }
     }
@@ -136,7 +146,7 @@ struct Forward {
     constexpr Span span = Cell::recurrent[p];
     constexpr bool keeps_slots = Cell::phases > 1;
     const Tiling tiling(running(s), blocks, fused ? Cell::slots : span.count);
-    // The next step's x, which comes from far, is asked for along the way: a part of each row with each piece of the blocks.
+    // The next step's x comes from memory, so it is prefetched along the way: a part of each row with each piece of the blocks.
     const int64_t next_rows = with_input && s + 1 < end ? running(s + 1) : 0;
     const Cut next_x{a.I, tiling.block.pieces};
     alignas(64) T scratch[tile_accumulators * tile_parts(Cell::slots) * L];
@@ -164,7 +174,7 @@ struct Forward {
         for (int64_t r = i0; r < smallest(i1, next_rows); ++r)
           prefetch<false>(place[r].x + a.x.step + next_x.begin(n), next_x.begin(n + 1) - next_x.begin(n));
         if (p + 1 == Cell::phases) prefetch_results(at, rows, b0, b1);
-        t.ahead = !far ? nullptr : share_of_next<T, span.count>(next_hh, a.hh_block[p], a.H, next.size(), i);
+        t.prefetch_from = !prefetches ? nullptr : next_panel_share<T, span.count>(next_hh, a.hh_block[p], a.H, next.size(), i);
         if (!fused) {
           for (int r = 0; r < rows; ++r) {
             t.a[r] = multiplied<p>(at[r]);
@@ -173,8 +183,8 @@ struct Forward {
           run_products<span.count>(rows, int(b1 - b0), t);
         } else if constexpr (p == 0 && fuses) {
           both.row = at, both.out = out, both.out_row = out_row;
-          both.hh_ahead = t.ahead;
-          both.ih_ahead = share_of_next<T, Cell::input.count>(next_ih, a.ih_block, a.I, next.size(), i);
+          both.hh_prefetch_from = t.prefetch_from;
+          both.ih_prefetch_from = next_panel_share<T, Cell::input.count>(next_ih, a.ih_block, a.I, next.size(), i);
           run_steps<Cell>(rows, int(b1 - b0), both);
         }
         cells<p>(at, rows, b0, b1, out, out_row);
@@ -209,8 +219,8 @@ struct Forward {
     }
   }
 
-  // The same for a single row, whose work is too little to pay for a way through memory: the slots of a few blocks stay in
-  // registers from their bias to their cell.
+  // The same for a single row, too little work to pay for storing the slots and reading them back: those of a few blocks
+  // stay in registers up to their cell.
   template <int p>
   void one_row(const Place<T>& at, int64_t s, int64_t c, bool with_input) const {
     constexpr Span span = Cell::recurrent[p];

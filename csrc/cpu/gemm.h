@@ -7,6 +7,9 @@
 //
 // B is a panel: blocks of vectors (for a forward product the gates of one vector of hidden units), each block
 // [parts][K][NG * lanes], the parts at even distances; a tile takes a part of NB neighbouring blocks.
+//
+// Parts: a block too wide for the registers is done in two halves. An LSTM's has 4 vectors. 12 accumulators (AVX2) hold
+// 3 rows of it, or better 6 rows of 2 vectors, twice: 2 parts of 2. 24 (AVX-512) hold 6 rows of 4: 1 part of 4.
 #pragma once
 
 #include <utility>
@@ -16,23 +19,28 @@
 
 namespace fusedrnn::FUSEDRNN_TARGET {
 
-// How the rows of A lie in memory. One after the other; in segments, each of whole vectors; or as columns of something else,
-// neighbours, for which one pointer stands: eight would leave too few registers to the inner loop.
+// How the rows of A lie in memory:
+//
+//   rows      each contiguous
+//   segments  each in pieces of k elements, a_segment apart: the slots' gradients in backward, one piece per block of H
+//   columns   they are neighbouring columns of another matrix, whose rows are a_stride apart. One pointer stands for all:
+//             eight would leave too few registers to the inner loop
 enum class Layout { rows, segments, columns };
 
 template <class T>
 struct Tile {
-  const T* a[8];         // MR rows: element k of segment s at a[r][s * a_segment + k]; of columns at a[0][r + k * a_stride]
-  const T* cin[8];       // MR rows of NB blocks
-  T* cout[8];            // may be the rows of cin
-  int64_t k, segments;   // K = k * segments; segments is 1 of other rows
+  const T* a[8];                   // MR rows: element k of segment s at a[r][s * a_segment + k]; of columns at
+                                   // a[0][r + k * a_stride]
+  const T* cin[8];                 // MR rows of NB blocks
+  T* cout[8];                      // may be the rows of cin
+  int64_t k, segments;             // K = k * segments; segments is 1 in the other layouts
   ptrdiff_t a_stride = 0, a_segment = 0;
-  const T* b;            // the first block's panel
-  ptrdiff_t b_block;     // from block to block in the panel
+  const T* b;                      // [NB blocks][parts][K][NG * lanes]
+  ptrdiff_t b_block;               // from block to block
   ptrdiff_t cin_block, cout_block;
-  const T* ahead;        // asked for meanwhile, a vector a depth: see `share_of_next`; null for nothing
-  ptrdiff_t ahead_segment = 0;  // from one segment's to the next one's
-  int part;              // of the blocks
+  const T* prefetch_from;          // one vector per k is prefetched from here on: see next_panel_share; null for none
+  ptrdiff_t prefetch_segment = 0;  // from one segment's to the next one's
+  int part;                        // of the blocks: the one to do
 };
 
 #if FUSEDRNN_ISA_ID == FUSEDRNN_ISA_avx512 || FUSEDRNN_ISA_ID == FUSEDRNN_ISA_neon
@@ -43,13 +51,13 @@ constexpr int tile_accumulators = 12;  // of 16 registers
 constexpr int tile_rows = 6, tile_vectors = tile_accumulators / tile_rows;  // of the tile of most products
 constexpr int tile_max_vectors = 8;
 
-// How many of a block's vectors a tile takes: all, but half where registers are so few that it then has twice the rows.
+// How many of a block's vectors a tile takes: all, or half where that gives it tile_rows rows.
 constexpr int tile_part(int vectors) { return vectors == 2 * tile_vectors ? tile_vectors : vectors; }
 constexpr int tile_parts(int vectors) { return vectors / tile_part(vectors); }
 
 constexpr int tile_max_rows(int vectors) { return tile_accumulators / vectors < 8 ? tile_accumulators / vectors : 8; }
 
-// acc += A B for one depth: element `offset` of each row.
+// acc += A B for one k: element `offset` of each row.
 template <class T, int MR, int NG, int NB, int width, int first, Layout layout>
 FUSEDRNN_INLINE void multiply_depth(Vec<T> (&acc)[MR][NB * width], const T* const (&a)[MR], ptrdiff_t offset, const T* b,
                                     ptrdiff_t b_block) {
@@ -82,30 +90,30 @@ FUSEDRNN_INLINE void multiply_depth(Vec<T> (&acc)[MR][NB * width], const T* cons
 }
 
 // acc += A B over k elements of each row from `offset` on (of columns `stride` apart): MR rows by NB blocks of NG vectors. A
-// block has `width` vectors in acc, of which those of the product are number `first` and the next. If it `asks`, it asks for
-// k vectors from `ahead` on meanwhile.
-template <class T, int MR, int NG, int NB, bool asks, int width = NG, int first = 0, Layout layout = Layout::rows>
+// block has `width` vectors in acc, of which those of the product are number `first` and the next. If it `prefetches`, then
+// k vectors from `prefetch_from` on.
+template <class T, int MR, int NG, int NB, bool prefetches, int width = NG, int first = 0, Layout layout = Layout::rows>
 FUSEDRNN_INLINE void multiply(Vec<T> (&acc)[MR][NB * width], const T* const (&a)[MR], ptrdiff_t offset, ptrdiff_t stride,
-                              int64_t k, const T* b, ptrdiff_t b_block, const T* ahead) {
-  // A segment is often so short that its loop's end is foreseen only if its rounds are few.
+                              int64_t k, const T* b, ptrdiff_t b_block, const T* prefetch_from) {
+  // Segments are short: with half the iterations the branch predictor gets the loop's exit right.
   constexpr int unrolled = layout == Layout::segments ? 2 : 1;
   static_assert(Vec<T>::lanes % unrolled == 0);
   for (; k > 0; k -= unrolled)
 #pragma GCC unroll 2
     for (int i = 0; i < unrolled; ++i) {
-      if constexpr (asks) __builtin_prefetch(ahead, 0, 2), ahead += Vec<T>::lanes;
+      if constexpr (prefetches) __builtin_prefetch(prefetch_from, 0, 2), prefetch_from += Vec<T>::lanes;
       multiply_depth<T, MR, NG, NB, width, first, layout>(acc, a, offset, b, b_block);
       b += NG * Vec<T>::lanes;
       offset += layout == Layout::columns ? stride : 1;
     }
 }
 
-template <class T, int MR, int NG, int NB, int parts, bool asks, Layout layout>
+template <class T, int MR, int NG, int NB, int parts, bool prefetches, Layout layout>
 void tile_kernel(const Tile<T>& t) {
   using V = Vec<T>;
   constexpr int NV = NG * NB;
   const T* const b = t.b + t.part * (t.b_block / parts);
-  const T* const ahead = asks ? t.ahead + t.part * t.segments * t.k * V::lanes : nullptr;
+  const T* const prefetch_from = prefetches ? t.prefetch_from + t.part * t.segments * t.k * V::lanes : nullptr;
   const ptrdiff_t first = t.part * NG * V::lanes;
   V acc[MR][NV];
   const T* a[MR];
@@ -117,8 +125,9 @@ void tile_kernel(const Tile<T>& t) {
   }
   const int64_t segments = layout == Layout::segments ? t.segments : 1;
   for (int64_t s = 0; s < segments; ++s)
-    multiply<T, MR, NG, NB, asks, NG, 0, layout>(acc, a, s * t.a_segment, t.a_stride, t.k, b + s * t.k * NG * V::lanes,
-                                                 t.b_block, asks ? ahead + s * t.ahead_segment : nullptr);
+    multiply<T, MR, NG, NB, prefetches, NG, 0, layout>(acc, a, s * t.a_segment, t.a_stride, t.k, b + s * t.k * NG * V::lanes,
+                                                       t.b_block,
+                                                       prefetches ? prefetch_from + s * t.prefetch_segment : nullptr);
 #pragma GCC unroll 8
   for (int r = 0; r < MR; ++r)
 #pragma GCC unroll 8
@@ -129,14 +138,14 @@ void tile_kernel(const Tile<T>& t) {
 // block has all of the cell's slots in C, of which a product feeds some.
 template <class T>
 struct StepTile {
-  const Place<T>* row;         // MR rows, whose x and h it reads
-  T* out;                      // MR rows of NB blocks, neighbours
-  ptrdiff_t out_row;           // from row to row
-  const T *bias, *w_ih, *w_hh; // of the first block
+  const Place<T>* row;          // MR rows, whose x and h it reads
+  T* out;                       // MR rows of NB blocks, neighbours
+  ptrdiff_t out_row;            // from row to row
+  const T *bias, *w_ih, *w_hh;  // of the first block
   int64_t I, H;
   ptrdiff_t ih_block, hh_block;
-  const T *ih_ahead, *hh_ahead; // as Tile's; if the second is null, neither counts
-  int part;                    // of the blocks
+  const T *ih_prefetch_from, *hh_prefetch_from;  // as Tile's; if the second is null, neither counts
+  int part;                     // of the blocks: the one to do
 };
 
 // The slots of a cell as a step's products feed them: cells that agree in these share kernels.
@@ -149,9 +158,9 @@ template <class Cell>
 using FedSlotsOf =
     FedSlots<Cell::slots, Cell::input.first, Cell::input.count, Cell::recurrent[0].first, Cell::recurrent[0].count>;
 
-template <class T, class Fed, int MR, int NB, bool asks>
+template <class T, class Fed, int MR, int NB, bool prefetches>
 void step_kernel(const StepTile<T>& t) {
-  static_assert(Fed::input.count >= Fed::recurrent.count);  // so that where the second product asks, the first does
+  static_assert(Fed::input.count >= Fed::recurrent.count);  // so that where the second product prefetches, the first does
   using V = Vec<T>;
   constexpr Span input = Fed::input, span = Fed::recurrent;
   constexpr int part = tile_part(Fed::slots), parts = tile_parts(Fed::slots), NV = part * NB;
@@ -165,44 +174,44 @@ void step_kernel(const StepTile<T>& t) {
 #pragma GCC unroll 8
     for (int v = 0; v < NV; ++v) acc[r][v] = V::load(t.bias + first + (v / part * Fed::slots + v % part) * V::lanes);
   }
-  multiply<T, MR, input.count / parts, NB, asks, part, input.first>(acc, x, 0, 0, t.I, t.w_ih + t.part * (t.ih_block / parts),
-                                                                    t.ih_block,
-                                                                    asks ? t.ih_ahead + t.part * t.I * V::lanes : nullptr);
-  multiply<T, MR, span.count / parts, NB, asks, part, span.first>(acc, h, 0, 0, t.H, t.w_hh + t.part * (t.hh_block / parts),
-                                                                  t.hh_block,
-                                                                  asks ? t.hh_ahead + t.part * t.H * V::lanes : nullptr);
+  multiply<T, MR, input.count / parts, NB, prefetches, part, input.first>(
+      acc, x, 0, 0, t.I, t.w_ih + t.part * (t.ih_block / parts), t.ih_block,
+      prefetches ? t.ih_prefetch_from + t.part * t.I * V::lanes : nullptr);
+  multiply<T, MR, span.count / parts, NB, prefetches, part, span.first>(
+      acc, h, 0, 0, t.H, t.w_hh + t.part * (t.hh_block / parts), t.hh_block,
+      prefetches ? t.hh_prefetch_from + t.part * t.H * V::lanes : nullptr);
 #pragma GCC unroll 8
   for (int r = 0; r < MR; ++r)
 #pragma GCC unroll 8
     for (int v = 0; v < NV; ++v) acc[r][v].store(t.out + r * t.out_row + first + (v / part * Fed::slots + v % part) * V::lanes);
 }
 
-// Whether no wide tile, which only few rows take.
-constexpr bool base_tile(int vectors, int blocks) { return blocks == 1 || vectors * blocks <= tile_vectors; }
+// Whether a tile is no wider than most are: wide ones are for few rows only.
+constexpr bool is_regular_tile(int vectors, int blocks) { return blocks == 1 || vectors * blocks <= tile_vectors; }
 constexpr int outer_tile_vectors = 3;  // then the rows of a tile of columns divide the lanes of a vector
 
 // The two families of kernels: what they are given, how many vectors a tile takes of a block and in how many parts, and the
-// one for MR rows, NB blocks. Those that ask for what is ahead, which take 1 to 2 % longer where all is near, are made for the
-// tiles of many rows only.
-template <class T, int NG, bool asks, Layout layout = Layout::rows>
+// one for MR rows, NB blocks. Those that prefetch, which take 1 to 2 % longer where all is near, are made for the tiles of
+// many rows only.
+template <class T, int NG, bool prefetches, Layout layout = Layout::rows>
 struct Products {
   using Args = Tile<T>;
   static constexpr int vectors = tile_part(NG), parts = tile_parts(NG);
   static constexpr int max_blocks = layout == Layout::columns ? outer_tile_vectors : tile_max_vectors / vectors;
   template <int MR, int NB>
   static constexpr auto kernel() {
-    constexpr bool ask = asks && (layout == Layout::columns || base_tile(vectors, NB)) && MR > 1;
-    return tile_kernel<T, MR, vectors, NB, parts, ask, layout>;
+    constexpr bool prefetching = prefetches && (layout == Layout::columns || is_regular_tile(vectors, NB)) && MR > 1;
+    return tile_kernel<T, MR, vectors, NB, parts, prefetching, layout>;
   }
 };
-template <class T, class Fed, bool asks>
+template <class T, class Fed, bool prefetches>
 struct Steps {
   using Args = StepTile<T>;
   static constexpr int vectors = tile_part(Fed::slots), parts = tile_parts(Fed::slots), max_blocks = tile_max_vectors / vectors;
   template <int MR, int NB>
   static constexpr auto kernel() {
-    constexpr bool ask = asks && base_tile(vectors, NB) && MR > 1;
-    return step_kernel<T, Fed, MR, NB, ask>;
+    constexpr bool prefetching = prefetches && is_regular_tile(vectors, NB) && MR > 1;
+    return step_kernel<T, Fed, MR, NB, prefetching>;
   }
 };
 
@@ -231,22 +240,23 @@ FUSEDRNN_INLINE void run_tile(int rows, int blocks, typename Family::Args& t) {
   for (t.part = 0; t.part < Family::parts; ++t.part) table.kernel[blocks][rows](t);
 }
 
-// By a kernel that asks for what is ahead where there is something.
+// By a kernel that prefetches, where there is something to prefetch.
 template <int NG, Layout layout = Layout::rows, class T>
 FUSEDRNN_INLINE void run_products(int n, int blocks, Tile<T>& t) {
-  t.ahead ? run_tile<Products<T, NG, true, layout>>(n, blocks, t) : run_tile<Products<T, NG, false, layout>>(n, blocks, t);
+  t.prefetch_from ? run_tile<Products<T, NG, true, layout>>(n, blocks, t)
+                  : run_tile<Products<T, NG, false, layout>>(n, blocks, t);
 }
 template <class Cell, class T>
 FUSEDRNN_INLINE void run_steps(int n, int blocks, StepTile<T>& t) {
   using Fed = FedSlotsOf<Cell>;
-  t.hh_ahead ? run_tile<Steps<T, Fed, true>>(n, blocks, t) : run_tile<Steps<T, Fed, false>>(n, blocks, t);
+  t.hh_prefetch_from ? run_tile<Steps<T, Fed, true>>(n, blocks, t) : run_tile<Steps<T, Fed, false>>(n, blocks, t);
 }
 
-// A panel that comes from beyond the second cache level must not be waited for: while the rows' tiles pass one panel, each
-// asks for a share of the next. What tile i of them asks for, when the next panel is `blocks` blocks of NG vectors a depth,
-// K deep, from `next` on; null when nothing is left.
+// Software prefetch of the next panel, for panels that come from beyond the second cache level: while the row tiles pass
+// over panel g, tile i prefetches the i-th share of panel g + 1, one vector per k (and part). Where that share begins, when
+// the next panel is `blocks` blocks of K times NG vectors from `next` on; null when the tiles before have covered it.
 template <class T, int NG>
-FUSEDRNN_INLINE const T* share_of_next(const T* next, ptrdiff_t b_block, int64_t K, int64_t blocks, int64_t i) {
+FUSEDRNN_INLINE const T* next_panel_share(const T* next, ptrdiff_t b_block, int64_t K, int64_t blocks, int64_t i) {
   const int64_t share = i * tile_parts(NG);
   return share < blocks * NG ? next + share / NG * b_block + share % NG * K * Vec<T>::lanes : nullptr;
 }

@@ -24,7 +24,7 @@ FUSEDRNN_INLINE int block_width(int64_t n, int64_t b) {
   return int(n - b * L < L ? n - b * L : L);
 }
 
-// Asks for n elements from p on in the second cache level. A tile's product takes longer than memory does, so what its
+// Prefetches n elements from p on into the second cache level. A tile's product takes longer than memory does, so what its
 // epilogue will touch is there when it is needed.
 template <bool writes, class T>
 FUSEDRNN_INLINE void prefetch(const T* p, int64_t n) {

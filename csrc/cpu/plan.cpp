@@ -51,7 +51,7 @@ double layer_ns(const LayerSize& size, const Machine& machine, int rows, int uni
   else if (weights > 0.75 * double(machine.l2_bytes))
     first = weights / l3_bytes_per_ns;
   const double reading = first + (tiles - 1) * weights / l2_bytes_per_ns;
-  // Reading and arithmetic overlap, the more the less equal they are.
+  // Reads and arithmetic overlap: hypot() is near the larger where one dominates, sqrt(2) times it where they are equal.
   double step = std::hypot(fma, reading) + B * blocks * cell_ns + tiles * blocks * tile_ns;
   if (units > 1) {
     const double row_bytes = double(size.H) * size.element_bytes * (forward ? 1.0 : gates);
@@ -117,7 +117,7 @@ double layers_ns(const std::vector<LayerSize>& layers, int begin, int end, const
 Wave wave(const std::vector<LayerSize>& layers, const Machine& machine, int threads, bool forward) {
   const int L = int(layers.size());
   Wave best;
-  // A wavefront must be clearly better: it is more to wait for.
+  // A wavefront must be clearly better (10 %): it adds waiting that the model does not see.
   double best_ns = 0.9 * layers_ns(layers, 0, L, machine, threads, forward);
   const int64_t most = layers[0].T / 2;
   for (int teams = 2; teams <= std::min(L, threads); ++teams) {
@@ -174,8 +174,8 @@ Plan forward_plan(const LayerSize& size, const Machine& machine, int threads, bo
   plan.fused = size.fuses && block_bytes <= machine.l2_bytes / 3;
   plan.chunk_steps = plan.fused && rows >= 4 ? 1 : machine.l2_bytes / 4 / std::max<int64_t>(1, rows * row_bytes);
   const int64_t unit_bytes = size.cell->gates * (size.I + size.H) * size.element_bytes;
-  plan.far = ceil_div(size.H, plan.unit_threads) * unit_bytes > machine.l2_bytes / 2;
-  if (override_values.far > 0) plan.far = override_values.far == 1;
+  plan.prefetch = ceil_div(size.H, plan.unit_threads) * unit_bytes > machine.l2_bytes / 2;
+  if (override_values.prefetch > 0) plan.prefetch = override_values.prefetch == 1;
   if (override_values.fused > 0) plan.fused = size.fuses && override_values.fused == 1;
   if (override_values.chunk_steps > 0) plan.chunk_steps = override_values.chunk_steps;
   plan.chunk_steps = std::max<int64_t>(1, std::min(plan.chunk_steps, size.T));
@@ -187,8 +187,8 @@ Plan backward_plan(const LayerSize& size, const Machine& machine, int threads, b
   plan.chunk_rows = override_values.chunk_rows > 0 ? override_values.chunk_rows : 512;
   plan.chunk_rows = std::max(size.B, std::min(plan.chunk_rows, size.T * size.B));
   const int64_t row_bytes = size.cell->gates * size.H * size.element_bytes;  // of W_hh as of the chunk's gradients
-  plan.far = (plan.chunk_rows + ceil_div(size.H, plan.unit_threads)) * row_bytes > machine.l2_bytes / 3;
-  if (override_values.far > 0) plan.far = override_values.far == 1;
+  plan.prefetch = (plan.chunk_rows + ceil_div(size.H, plan.unit_threads)) * row_bytes > machine.l2_bytes / 3;
+  if (override_values.prefetch > 0) plan.prefetch = override_values.prefetch == 1;
   return plan;
 }
 

@@ -43,8 +43,8 @@ struct PlanOverride {
   int64_t chunk_steps = 0, chunk_rows = 0;
   int teams = 0;
   int64_t ranges = 0;
-  int fused = 0;  // 1: as far as the cell's tiles can; 2: not
-  int far = 0;    // 1: yes; 2: no
+  int fused = 0;     // 1: as far as the cell's tiles can; 2: not
+  int prefetch = 0;  // 1: yes; 2: no
 };
 void set_plan_override(const PlanOverride& values);
 bool are_threads_overridden();  // in any way: then nothing else chooses between one and several

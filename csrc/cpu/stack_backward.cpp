@@ -43,12 +43,12 @@ class BackwardPass {
     for (int64_t l = 0; l < spec_.L; ++l) chunk_rows = std::max(chunk_rows, crew_.plan(l).chunk_rows);
     const int64_t widest = spec_.L > 1 ? std::max(spec_.I, width_) : spec_.I;
     const bool sums = wants_weights_ && (call_.adds || order_.rows() > reduction_rows);
-    gates_block_ = (B_ + chunk_rows) * cell_.slots * lanes_ + lanes_;
+    slot_grads_block_ = (B_ + chunk_rows) * cell_.slots * lanes_ + lanes_;
     work_.resize(crew_.concurrent());
     arena_.want(&zeros_, {std::max(H_, lanes_) + lanes_});
     for (Work& w : work_) {
-      arena_.want(&w.gates, {blocks, gates_block_});
-      for (int s = 0; s < cell_.states; ++s) arena_.want(&w.carry[s], {B_, padded});
+      arena_.want(&w.slot_grads, {blocks, slot_grads_block_});
+      for (int s = 0; s < cell_.states; ++s) arena_.want(&w.dcarry[s], {B_, padded});
       if (wants_weights_) {
         const int64_t stride = operand_panel_stride(chunk_rows, lanes_);
         arena_.want(&w.x_panel, {ceil_div(widest, lanes_), stride});
@@ -154,7 +154,7 @@ class BackwardPass {
     for (int s = 0; s < cell_.states; ++s) {
       a.dfinal_state[s] = call_.dfinal_state[s] ? call_.dfinal_state[s] + i * B_ * H_ : nullptr;
       a.dstate[s] = call_.dstate[s] ? call_.dstate[s] + i * B_ * H_ : nullptr;
-      a.carry[s] = w.carry[s];
+      a.dcarry[s] = w.dcarry[s];
     }
     a.adds = call_.adds;
     const Weights<T> g = wants_weights_ ? call_.dweights[i] : Weights<T>{};
@@ -162,7 +162,7 @@ class BackwardPass {
     a.w_ih_t = t.w_ih, a.ih_block = t.ih_block;
     a.x_panel = w.x_panel;
     for (int p = 0; p < cell_.phases; ++p) a.w_hh_t[p] = t.w_hh[p], a.hh_block[p] = t.hh_block[p], a.h_panel[p] = w.h_panel[p];
-    a.gates = w.gates, a.gates_block = gates_block_;
+    a.slot_grads = w.slot_grads, a.slot_grads_block = slot_grads_block_;
     a.sum_w_ih = w.sum_w_ih, a.sum_w_hh = w.sum_w_hh, a.sum_b = w.sum_b;
   }
 
@@ -218,11 +218,11 @@ class BackwardPass {
   TransposedPanels<T> transposed_;
 
   struct Work {  // see BackwardArgs
-    T *gates, *carry[max_states], *x_panel, *h_panel[max_phases], *sum_w_ih, *sum_w_hh, *sum_b;
+    T *slot_grads, *dcarry[max_states], *x_panel, *h_panel[max_phases], *sum_w_ih, *sum_w_hh, *sum_b;
   };
   Arena arena_;
   std::vector<Work> work_;  // of each direction or layer of those that run at the same time
-  int64_t gates_block_ = 0;
+  int64_t slot_grads_block_ = 0;
   T *zeros_, *between_[2] = {}, *masked_ = nullptr;  // (max(H, lanes)), and a vector more; the rest (T, B, D*H)
   T* second_ = nullptr;                              // (T, B, the widest input)
   RowTables tables_;

@@ -75,7 +75,7 @@ class ForwardPass {
     arena_.want(&pre_, {crew_.threads(), pre_thread_});
     arena_.want(&place_, {crew_.threads(), place_thread_});
     arena_.want(&zeros_, {H + lanes});
-    if (crew_.flows()) arena_.want(&carry_, {spec_.L, call_.B, H});
+    if (crew_.flows()) arena_.want(&range_h_, {spec_.L, call_.B, H});
     if (spec_.L > 1 && (!tape_ || drops_)) arena_.want(&between_, {call_.T_, call_.B, width_});
     if (!tape_ && cell_.phases > 1)
       for (T*& o : operand_) arena_.want(&o, {call_.B, H});
@@ -118,7 +118,7 @@ class ForwardPass {
     a.operand = tape_ ? tape_->operand[i] : operand_[crew_.concurrent_index(l, d)];
     a.pre = pre_ + crew_.first_rank(l, d) * pre_thread_, a.pre_thread = pre_thread_;
     a.place = place_ + crew_.first_rank(l, d) * place_thread_, a.place_thread = place_thread_;
-    a.carry = carry_ ? carry_ + i * state : nullptr;
+    a.range_h = range_h_ ? range_h_ + i * state : nullptr;
     a.zeros = zeros_;
   }
 
@@ -159,7 +159,7 @@ class ForwardPass {
   Arena arena_;
   Place<T>* place_;                                // a thread's: (rows)
   T *pre_, *zeros_;                                // a thread's pre-activations of a chunk of steps; (H), and a vector more
-  T *between_ = nullptr, *carry_ = nullptr;        // (T, B, D*H); of a wavefront (L, B, H)
+  T *between_ = nullptr, *range_h_ = nullptr;        // (T, B, D*H); of a wavefront (L, B, H)
   std::vector<T*> operand_;                        // of each that run at the same time, (B, H)
   int64_t pre_thread_ = 0, place_thread_ = 0;      // a thread's share of both
   RowTables tables_;

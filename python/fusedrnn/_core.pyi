@@ -93,5 +93,5 @@ def override_plan(
     teams: int = 0,
     ranges: int = 0,
     fused: int = 0,
-    far: int = 0,
+    prefetch: int = 0,
 ) -> None: ...

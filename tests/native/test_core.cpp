@@ -152,8 +152,8 @@ void check_plans(const Shape& shape) {
       set_local_threads(threads);
       set_plan_override(plan);
       char text[120];
-      snprintf(text, sizeof text, ": %d threads, rows %d, units %d, steps %d, chunk rows %d, far %d", threads, plan.row_threads,
-               plan.unit_threads, int(plan.chunk_steps), int(plan.chunk_rows), plan.far);
+      snprintf(text, sizeof text, ": %d threads, rows %d, units %d, steps %d, chunk rows %d, prefetch %d", threads,
+               plan.row_threads, plan.unit_threads, int(plan.chunk_steps), int(plan.chunk_rows), plan.prefetch);
       check(same_bits(inferred, forward(p)), name + text + ": forward changes no bit");
       check(same_bits(trained, train(p)), name + text + ": training changes no bit");
     }
