@@ -49,7 +49,7 @@ struct Plan {
   int unit_threads = 1;     // the hidden units are split so many ways, with a barrier after each phase of a step
   int64_t chunk_steps = 1;  // time steps whose input product is computed at once
   bool fused = false;       // in chunks of one step a tile makes both products
-  bool prefetch = false;    // what a thread reads again in each step exceeds its L2, so tiles prefetch the next panel
+  bool prefetch = false;    // what a thread reads again and again exceeds its L2, so tiles prefetch the next panel
   int64_t chunk_rows = 1;   // rows of backward whose weight gradients are computed at once (at least one step's)
   double estimated_us = 0;  // what the cost model expects of the layer; for FUSEDRNN_TRACE
   FUSEDRNN_INLINE int threads() const { return row_threads * unit_threads; }

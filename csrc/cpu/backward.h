@@ -31,7 +31,7 @@ struct Backward {
   // Steps end - 1 down to begin; the call before, if any, ran those from `end` on.
   void run(int64_t begin, int64_t end) const {
     const int64_t* active = f.schedule.active;
-    int64_t done = f.schedule.offset[f.schedule.steps] - f.schedule.offset[end];  // rows of the chunks before this one
+    int64_t done = f.schedule.offset[f.schedule.steps] - f.schedule.offset[end];  // rows in the chunks before this one
     int64_t next_at = 0;  // the row where the gradients of step s + 1 start
     if (end == f.schedule.steps) start_dcarry();
     for (int64_t s = end - 1; s >= begin;) {

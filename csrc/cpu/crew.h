@@ -1,13 +1,8 @@
-// The threads of one call of a stack: how many, in which teams, and what FUSEDRNN_TRACE tells of them.
+// The threads of one call of a stack: how many, and in which teams.
 #pragma once
 
-#include <stdio.h>
-#include <stdlib.h>
-
 #include <algorithm>
-#include <chrono>
 #include <memory>
-#include <string>
 #include <vector>
 
 #include "cpu/dispatch.h"
@@ -50,15 +45,14 @@ inline uint64_t kind_of(const Spec& spec, const LayerSize& bottom, int64_t rows,
 // The threads of a call in teams: one team for all, one for each direction, or one for some neighbouring layers each.
 class Crew {
  public:
-  // `make_plan` makes the plan of a layer, and `make_wave` that of the stack, for a number of threads. `kind`: of
-  // kind_of.
+  // `make_plan` makes the plan of a layer, and `make_wave` that of the stack, for a number of threads. `kind`: see kind_of.
   template <class MakePlan, class MakeWave>
   Crew(const Spec& spec, uint64_t kind, MakePlan make_plan, MakeWave make_wave)
       : L_(int(spec.L)), D_(spec.D), wanted_(choose_threads(spec, kind, make_plan, make_wave)), lease_(wanted_),
         threads_(lease_.size()) {
     if (D_ == 1 && L_ > 1 && threads_ > 1) wave_ = make_wave(threads_);
     teams_ = D_ == 2 && threads_ >= 2 ? 2 : wave_.teams;
-    for (int l = 0; l < L_; ++l) plans_.push_back(make_plan(l, threads_ / teams_, forced_));
+    for (int l = 0; l < L_; ++l) plans_.push_back(make_plan(l, threads_ / teams_, several_by_measurement_));
     all_.reset(threads_, lease_.crowded());
     for (int i = 0; i < L_ * D_; ++i) {
       const Plan& plan = plans_[i / D_];
@@ -119,7 +113,12 @@ class Crew {
  private:
   int team_of(int64_t layer, int d) const { return D_ == 2 ? (teams_ == 2 ? d : 0) : int(layer * teams_ / L_); }
 
-  // How many threads to ask for: the model's choice, or where it sees little between one thread and several, what was faster.
+  // How many threads to ask for, in three steps:
+  //
+  //   1. the model's choice, one thread or several, and how long it expects the call to take
+  //   2. that is the answer if there are two directions, if the call is too short or too long to measure, or if tests say so
+  //   3. so it is if the model expects the other, several or one, to take much longer; else the answer is what was faster in
+  //      calls before
   template <class MakePlan, class MakeWave>
   int choose_threads(const Spec& spec, uint64_t kind, MakePlan make_plan, MakeWave make_wave) {
     const int wanted = wanted_threads();
@@ -134,7 +133,6 @@ class Crew {
     const Wave wave = spec.L > 1 ? make_wave(wanted) : Wave{};
     if (wave.teams > 1) most = wanted, us = wave.estimated_us;
     if (us < least_tuned_us || us > most_tuned_us || are_threads_overridden()) return most;
-    // Its own choice against the best of the other kind.
     const bool one_by_model = most == 1;
     double other_us = 0;
     int several = most;
@@ -144,7 +142,7 @@ class Crew {
     }
     if (several == 1 || other_us > near_equal * us) return most;
     const bool chosen = tuned_.begin(mixed(kind, uint64_t(wanted)), !one_by_model) == 1;
-    forced_ = chosen && one_by_model;
+    several_by_measurement_ = chosen && one_by_model;
     return chosen ? several : 1;
   }
 
@@ -154,7 +152,7 @@ class Crew {
 
   int L_, D_;
   TunedCall tuned_;
-  bool forced_ = false;  // more than one thread, where the model would take one
+  bool several_by_measurement_ = false;  // more than one thread, where the model would take one
   const int wanted_;
   Lease lease_;
   int threads_, teams_;
@@ -163,70 +161,6 @@ class Crew {
   Barrier all_;
   std::vector<std::unique_ptr<Barrier[]>> barriers_;
   std::unique_ptr<Progress[]> progress_;  // per layer, in threads times ranges
-};
-
-// With FUSEDRNN_TRACE=1, rank 0 prints each layer's plan, what the cost model expected, and what it took.
-class Trace {
- public:
-  Trace(const char* pass, int rank) : pass_(pass), on_(rank == 0 && enabled()) {
-    if (on_) start_ = Clock::now();
-  }
-  template <class T>
-  void layer(const Spec& spec, int64_t l, int64_t T_, int64_t B, const Crew& crew) {
-    if (!on_) return;
-    const Plan& plan = crew.plan(l);
-    print<T>(pass_, spec, l, T_, B, plan, crew.split() ? " for each direction" : crew.flows() ? " in a wavefront" : "");
-    if (crew.tuned()) fputs(", threads as measured", stderr);
-    if (crew.flows())
-      fputs("\n", stderr);
-    else
-      took(plan.estimated_us * (spec.D == 2 && !crew.split() ? 2 : 1));
-  }
-  template <class T>
-  void stack(const Spec& spec, int64_t T_, int64_t B, const Crew& crew) {
-    if (!on_) return;
-    for (int64_t l = 0; l < spec.L; ++l) layer<T>(spec, l, T_, B, crew);
-    fprintf(stderr, "fusedrnn: %s %s: %lld layers as a wavefront of %d teams over %lld ranges of steps", pass_,
-            spec.info().name, (long long)spec.L, crew.wave().teams, (long long)crew.wave().ranges);
-    took(crew.wave().estimated_us);
-  }
-  // A stream, whose steps are too short for a line each, has one for each number of threads that it goes over to.
-  template <class T>
-  static void stream_layer(const Spec& spec, int64_t l, int64_t B, const Plan& plan, bool trying) {
-    if (!enabled()) return;
-    print<T>("stream", spec, l, 1, B, plan);
-    fprintf(stderr, "; expected %.1f us a step%s\n", plan.estimated_us, trying ? ", being measured" : "");
-  }
-
- private:
-  using Clock = std::chrono::steady_clock;
-  template <class T>
-  static void print(const char* pass, const Spec& spec, int64_t l, int64_t T_, int64_t B, const Plan& plan,
-                    const char* beside = "") {
-    fprintf(stderr,
-            "fusedrnn: %s %s layer %lld: T=%lld B=%lld I=%lld H=%lld %s, %s: %d row x %d unit threads%s, "
-            "%lld steps or %lld rows a chunk%s%s",
-            pass, spec.info().name, (long long)l, (long long)T_, (long long)B, (long long)spec.input_size(l), (long long)spec.H,
-            sizeof(T) == 4 ? "float32" : "float64", isa().c_str(), plan.row_threads, plan.unit_threads, beside,
-            (long long)plan.chunk_steps, (long long)plan.chunk_rows,
-            plan.fused && plan.chunk_steps == 1 ? ", both products in one tile" : "",
-            plan.prefetch ? ", prefetching panels" : "");
-  }
-  void took(double expected_us) {
-    const double us = std::chrono::duration<double, std::micro>(Clock::now() - start_).count();
-    fprintf(stderr, "; expected %.0f us, took %.0f\n", expected_us, us);
-    start_ = Clock::now();
-  }
-  static bool enabled() {
-    static const bool on = [] {
-      const char* text = getenv("FUSEDRNN_TRACE");
-      return text && *text && *text != '0';
-    }();
-    return on;
-  }
-  const char* pass_;
-  bool on_;
-  Clock::time_point start_;
 };
 
 }  // namespace fusedrnn

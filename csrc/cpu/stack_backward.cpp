@@ -5,6 +5,7 @@
 #include "cpu/crew.h"
 #include "cpu/dropout.h"
 #include "cpu/stack.h"
+#include "cpu/trace.h"
 
 namespace fusedrnn {
 namespace {
@@ -12,16 +13,33 @@ namespace {
 // One backward pass of a stack: its threads, workspace and arguments.
 template <class T>
 class BackwardPass {
+  // In order of initialisation: each uses those above it.
+  const StackBackward<T>& call_;
+  const Spec& spec_ = call_.spec;
+  const CellInfo& cell_ = spec_.info();
+  const Tape<T>& tape_ = *call_.tape;
+  const Order& order_ = tape_.order;
+  const int64_t B_ = tape_.B, H_ = spec_.H, width_ = spec_.D * H_, lanes_ = kernels<T>().lanes;
+  const bool wants_weights_ = !call_.dweights.empty(), drops_ = tape_.dropout > 0 && spec_.L > 1;
+  const std::vector<LayerSize> sizes_ = layer_sizes<T>(spec_, int64_t(order_.active.size()) - 1, B_);
+  Crew crew_;
+  TransposedPanels<T> transposed_;
+
+  struct Work {  // see BackwardArgs
+    T *slot_grads, *dcarry[max_states], *x_panel, *h_panel[max_phases], *sum_w_ih, *sum_w_hh, *sum_b;
+  };
+  Arena arena_;
+  std::vector<Work> work_;  // of each direction or layer of those that run at the same time
+  int64_t slot_grads_block_ = 0;
+  T *zeros_, *between_[2] = {}, *masked_ = nullptr;  // (max(H, lanes)), and a vector more; the rest (T, B, D*H)
+  T* second_ = nullptr;                              // (T, B, the widest input)
+  RowTables tables_;
+  std::vector<BackwardArgs<T>> args_;
+  std::vector<Sequence<T>> dx_;  // of every layer
+
  public:
   explicit BackwardPass(const StackBackward<T>& call)
-      : call_(call),
-        crew_(
-            spec_,
-            kind_of(spec_, sizes_[0], call.tape->order.rows(), Pass::backward, drops_,
-                    2 * !call.dweights.empty() + (call.dx.data != nullptr)),
-            [&](int64_t l, int threads, bool several) { return backward_plan(sizes_[l], this_machine(), threads, several); },
-            [&](int threads) { return drops_ ? Wave{} : backward_wave(sizes_, this_machine(), threads); }),
-        transposed_(spec_, call.dx.data != nullptr), args_(spec_.count()), dx_(spec_.L) {
+      : call_(call), crew_(make_crew()), transposed_(spec_, call.dx.data != nullptr), args_(spec_.count()), dx_(spec_.L) {
     allocate();
   }
 
@@ -37,6 +55,15 @@ class BackwardPass {
   }
 
  private:
+  Crew make_crew() const {
+    const int wants = 2 * wants_weights_ + (call_.dx.data != nullptr);
+    const auto make_plan = [&](int64_t l, int threads, bool several) {
+      return backward_plan(sizes_[l], this_machine(), threads, several);
+    };
+    const auto make_wave = [&](int threads) { return drops_ ? Wave{} : backward_wave(sizes_, this_machine(), threads); };
+    return Crew(spec_, kind_of(spec_, sizes_[0], order_.rows(), Pass::backward, drops_, wants), make_plan, make_wave);
+  }
+
   void allocate() {
     const int64_t T_ = tape_.T_, blocks = ceil_div(H_, lanes_), padded = blocks * lanes_;
     int64_t chunk_rows = 0;
@@ -205,29 +232,6 @@ class BackwardPass {
         for (int64_t n = 0; n < I; ++n) to[n] += from[n];
       }
   }
-
-  const StackBackward<T>& call_;
-  const Spec& spec_ = call_.spec;
-  const CellInfo& cell_ = spec_.info();
-  const Tape<T>& tape_ = *call_.tape;
-  const Order& order_ = tape_.order;
-  const int64_t B_ = tape_.B, H_ = spec_.H, width_ = spec_.D * H_, lanes_ = kernels<T>().lanes;
-  const bool wants_weights_ = !call_.dweights.empty(), drops_ = tape_.dropout > 0 && spec_.L > 1;
-  const std::vector<LayerSize> sizes_ = layer_sizes<T>(spec_, int64_t(order_.active.size()) - 1, B_);
-  Crew crew_;
-  TransposedPanels<T> transposed_;
-
-  struct Work {  // see BackwardArgs
-    T *slot_grads, *dcarry[max_states], *x_panel, *h_panel[max_phases], *sum_w_ih, *sum_w_hh, *sum_b;
-  };
-  Arena arena_;
-  std::vector<Work> work_;  // of each direction or layer of those that run at the same time
-  int64_t slot_grads_block_ = 0;
-  T *zeros_, *between_[2] = {}, *masked_ = nullptr;  // (max(H, lanes)), and a vector more; the rest (T, B, D*H)
-  T* second_ = nullptr;                              // (T, B, the widest input)
-  RowTables tables_;
-  std::vector<BackwardArgs<T>> args_;
-  std::vector<Sequence<T>> dx_;  // of every layer
 };
 
 }  // namespace

@@ -5,6 +5,7 @@
 #include "cpu/crew.h"
 #include "cpu/dropout.h"
 #include "cpu/stack.h"
+#include "cpu/trace.h"
 
 namespace fusedrnn {
 namespace {
@@ -30,18 +31,32 @@ void read_weights(const Spec& spec, const StackWeights<const T>& weights, Checks
 // One forward pass of a stack: its threads, workspace and arguments.
 template <class T>
 class ForwardPass {
+  // In order of initialisation: each uses those above it.
+  const StackForward<T>& call_;
+  Tape<T>* const tape_;  // null: inference
+  const Spec& spec_ = call_.spec;
+  const CellInfo& cell_ = spec_.info();
+  const int64_t width_ = spec_.D * spec_.H;  // of a layer's y
+  const std::unique_ptr<Order> own_order_;
+  const Order& order_ = tape_ ? tape_->order : *own_order_;
+  const int64_t steps_ = order_.active.size() - 1;
+  const bool drops_ = tape_ && tape_->dropout > 0 && spec_.L > 1;
+  const std::vector<LayerSize> sizes_ = layer_sizes<T>(spec_, steps_, call_.B);
+  Crew crew_;
+  const std::unique_ptr<Panels<T>> own_panels_;
+
+  Arena arena_;
+  Place<T>* place_;                                // a thread's: (rows)
+  T *pre_, *zeros_;                                // a thread's pre-activations of a chunk of steps; (H), and a vector more
+  T *between_ = nullptr, *range_h_ = nullptr;      // (T, B, D*H); of a wavefront (L, B, H)
+  std::vector<T*> operand_;                        // of each that run at the same time, (B, H)
+  int64_t pre_thread_ = 0, place_thread_ = 0;      // a thread's share of both
+  RowTables tables_;
+  std::vector<ForwardArgs<T>> args_;
+
  public:
   ForwardPass(const StackForward<T>& call, Tape<T>* tape)
-      : call_(call), tape_(tape), own_order_(tape ? nullptr : new Order(call.T_, call.B, call.lengths)),
-        crew_(
-            spec_,
-            kind_of(spec_, sizes_[0], order_.rows(),
-                    tape          ? Pass::training
-                    : call.panels ? Pass::packed_before
-                                  : Pass::packed_now,
-                    drops_, 0),
-            [&](int64_t l, int threads, bool several) { return forward_plan(sizes_[l], this_machine(), threads, several); },
-            [&](int threads) { return drops_ ? Wave{} : forward_wave(sizes_, this_machine(), threads); }),
+      : call_(call), tape_(tape), own_order_(tape ? nullptr : new Order(call.T_, call.B, call.lengths)), crew_(make_crew()),
         own_panels_(call.panels ? nullptr : new Panels<T>(call.spec)), args_(call.spec.count()) {
     allocate();
     if (tape_ && tape_->h0) std::copy_n(call_.state[0], spec_.count() * call_.B * spec_.H, tape_->h0);
@@ -62,6 +77,15 @@ class ForwardPass {
   }
 
  private:
+  Crew make_crew() const {
+    const Pass pass = tape_ ? Pass::training : call_.panels ? Pass::packed_before : Pass::packed_now;
+    const auto make_plan = [&](int64_t l, int threads, bool several) {
+      return forward_plan(sizes_[l], this_machine(), threads, several);
+    };
+    const auto make_wave = [&](int threads) { return drops_ ? Wave{} : forward_wave(sizes_, this_machine(), threads); };
+    return Crew(spec_, kind_of(spec_, sizes_[0], order_.rows(), pass, drops_, 0), make_plan, make_wave);
+  }
+
   void allocate() {
     const int64_t H = spec_.H, lanes = kernels<T>().lanes;
     for (int64_t l = 0; l < spec_.L; ++l) {
@@ -142,28 +166,6 @@ class ForwardPass {
       trace.layer<T>(spec_, l, call_.T_, call_.B, crew_);
     }
   }
-
-  const StackForward<T>& call_;
-  Tape<T>* const tape_;  // null: inference
-  const Spec& spec_ = call_.spec;
-  const CellInfo& cell_ = spec_.info();
-  const int64_t width_ = spec_.D * spec_.H;  // of a layer's y
-  const std::unique_ptr<Order> own_order_;
-  const Order& order_ = tape_ ? tape_->order : *own_order_;
-  const int64_t steps_ = order_.active.size() - 1;
-  const bool drops_ = tape_ && tape_->dropout > 0 && spec_.L > 1;
-  const std::vector<LayerSize> sizes_ = layer_sizes<T>(spec_, steps_, call_.B);
-  Crew crew_;
-  const std::unique_ptr<Panels<T>> own_panels_;
-
-  Arena arena_;
-  Place<T>* place_;                                // a thread's: (rows)
-  T *pre_, *zeros_;                                // a thread's pre-activations of a chunk of steps; (H), and a vector more
-  T *between_ = nullptr, *range_h_ = nullptr;        // (T, B, D*H); of a wavefront (L, B, H)
-  std::vector<T*> operand_;                        // of each that run at the same time, (B, H)
-  int64_t pre_thread_ = 0, place_thread_ = 0;      // a thread's share of both
-  RowTables tables_;
-  std::vector<ForwardArgs<T>> args_;
 };
 
 }  // namespace

@@ -6,6 +6,7 @@
 #include "cpu/crew.h"
 #include "cpu/denormals.h"
 #include "cpu/dispatch.h"
+#include "cpu/trace.h"
 
 namespace fusedrnn {
 
