@@ -1,7 +1,7 @@
 // The backward pass of a layer: see layer.h.
 #pragma once
 
-#include "cpu/forward.h"
+#include "cpu/layer.h"
 
 namespace fusedrnn::FUSEDRNN_TARGET {
 
@@ -12,16 +12,15 @@ struct Backward {
   static constexpr int slots = Cell::slots * L;
   const BackwardArgs<T>& a;
   const ForwardArgs<T>& f = a.forward;
-  const Forward<T, Cell> forward;
+  const LayerRows<T, Cell> layer;
   const Team& team;
-  const Share share = forward.share;
+  const Share share = layer.share;
   const int64_t H = f.H, blocks = ceil_div(H, L), padded = blocks * L;
   const int64_t batch = f.schedule.batch;
   const bool prefetches = team.plan.prefetch;  // panels: see Plan
   const int64_t panel_stride = operand_panel_stride(team.plan.chunk_rows, L);
 
-  Backward(const BackwardArgs<T>& args, const Team& team)
-      : a(args), forward(args.forward, team, 0, args.forward.schedule.steps), team(team) {}
+  Backward(const BackwardArgs<T>& args, const Team& team) : a(args), layer(args.forward, team, 0), team(team) {}
 
   // The gradients of block b's slots, row i of them. The rows of a chunk, in the order in which the loop meets them:
   //
@@ -61,7 +60,7 @@ struct Backward {
   // Copies the gradients of step s from row `at` on to row 0 and the next, where the next chunk finds them.
   FUSEDRNN_INLINE void keep_step(int64_t s, int64_t at) const {
     for (int64_t b = share.b0; b < share.b1; ++b)
-      for (int64_t r = 0; r < forward.running(s); ++r) {
+      for (int64_t r = 0; r < layer.running(s); ++r) {
         const int64_t j = share.row(r);
         for (int i = 0; i < Cell::slots; ++i) V::load(slot_grads(b, at + j) + i * L).store(slot_grads(b, j) + i * L);
       }
@@ -167,8 +166,8 @@ struct Backward {
     constexpr Span span = Cell::recurrent[p];
     const int64_t steps = f.schedule.steps;
     // Rows that ended at step s got nothing from a later step: for them the product is empty.
-    int64_t fed = q > 0 ? forward.running(s) : s + 1 < steps ? forward.running(s + 1) : 0;
-    int64_t ends = s >= 0 ? forward.running(s) : fed;
+    int64_t fed = q > 0 ? layer.running(s) : s + 1 < steps ? layer.running(s + 1) : 0;
+    int64_t ends = s >= 0 ? layer.running(s) : fed;
     Batch batch;
     Tile<T> t;
     t.k = span.count * L, t.a_segment = a.slot_grads_block;
@@ -199,7 +198,7 @@ struct Backward {
             batch.a[r] = slot_grads(0, from + j) + span.first * L;
             batch.cin[r] = q == 0 ? a.dcarry[0] + j * padded + b0 * L : f.zeros;
             if (s >= 0) {
-              prefetch<false>(forward.saved(s, j, b0), (b1 - b0) * L * Cell::saved);
+              prefetch<false>(layer.saved(s, j, b0), (b1 - b0) * L * Cell::saved);
               if (q == 0 && a.dy.base) prefetch<false>(a.dy.at(s, j) + b0 * L, (b1 - b0) * L);
               if (Cell::saved == 0) {  // its gradients are so few that what dW needs, h and x, stays beside them
                 prefetch<false>(f.y.at(s, j) + b0 * L, (b1 - b0) * L);
@@ -227,8 +226,8 @@ struct Backward {
     T *slot_grads, *dcarry[Cell::states];
     ptrdiff_t slot_grads_block;
     FUSEDRNN_INLINE RowAt(const Backward& w, int64_t s, int64_t now, int64_t j)
-        : dy(w.a.dy.base ? w.a.dy.at(s, j) : nullptr), h(w.f.y.at(s, j)), h_prev(w.forward.h_prev(s, j)),
-          saved(w.forward.saved(s, j, 0)), slot_grads(w.slot_grads(0, now + j)), slot_grads_block(w.a.slot_grads_block) {
+        : dy(w.a.dy.base ? w.a.dy.at(s, j) : nullptr), h(w.f.y.at(s, j)), h_prev(w.layer.h_prev(s, j)),
+          saved(w.layer.saved(s, j, 0)), slot_grads(w.slot_grads(0, now + j)), slot_grads_block(w.a.slot_grads_block) {
       for (int i = 0; i < Cell::states; ++i) dcarry[i] = w.a.dcarry[i] + j * w.padded;
     }
   };
@@ -295,7 +294,7 @@ struct Backward {
               [&](int64_t s, int64_t j) { return f.x.at(s, j); });
     for (int p = 0; p < Cell::phases; ++p)
       pack_rows(hi, rows, hidden.begin(team.rank), hidden.begin(team.rank + 1), H, a.h_panel[p],
-                [&](int64_t s, int64_t j) { return p == 0 ? forward.h_prev(s, j) : forward.operand(s, j); });
+                [&](int64_t s, int64_t j) { return p == 0 ? layer.h_prev(s, j) : layer.operand(s, j); });
   }
 
   // Vectors [v0, v1) of every row of the chunk; row(s, j) is where it lies, `width` elements long.
@@ -401,7 +400,7 @@ struct Backward {
   // those that share rows split the columns.
   void input_gradients(int64_t lo, int64_t hi) const {
     int64_t rows = 0;
-    for (int64_t s = lo; s <= hi; ++s) rows += forward.running(s);
+    for (int64_t s = lo; s <= hi; ++s) rows += layer.running(s);
     if (rows == 0) return;
     const Tiling tiling(rows, ceil_div(f.I, L), 1);
     const Cut mine{tiling.block.pieces, team.plan.unit_threads};
@@ -418,11 +417,11 @@ struct Backward {
       const bool cut = piece.segments < blocks;
       t.prefetch_segment = cut ? t.k * L : t.a_segment;
       // The share's row `own` of `here` at step s; row (s, j) of the chunk is number before + j.
-      int64_t s = hi, own = 0, here = forward.running(hi), before = 0;
+      int64_t s = hi, own = 0, here = layer.running(hi), before = 0;
       for (int64_t i = 0; i < row.pieces; ++i) {
         const int n = int(row.begin(i + 1) - row.begin(i));
         for (int r = 0; r < n; ++r, ++own) {
-          while (own >= here) before += f.schedule.active[s], --s, own = 0, here = forward.running(s);
+          while (own >= here) before += f.schedule.active[s], --s, own = 0, here = layer.running(s);
           const int64_t j = share.row(own);
           batch.a[r] = slot_grads(0, this->batch + before + j) + Cell::input.first * L;
           batch.cin[r] = f.zeros;

@@ -6,35 +6,24 @@
 namespace fusedrnn::FUSEDRNN_TARGET {
 
 template <class T, class Cell>
-struct Forward {
+struct Forward : LayerRows<T, Cell> {
+  using Layer = LayerRows<T, Cell>;
+  using Layer::a, Layer::begin, Layer::share, Layer::running, Layer::h_prev, Layer::operand, Layer::saved;
   using V = Vec<T>;
   static constexpr int L = V::lanes;
   static constexpr int slots = Cell::slots * L;
   // Where registers are few, a tile of both products must have no accumulators that one of them leaves idle.
   static constexpr bool fuses = tile_accumulators >= 24 || Cell::slots == Cell::input.count;
-  const ForwardArgs<T>& a;
-  const int64_t begin, end;  // the steps to run
-  const bool prefetches;     // panels: see Plan
-  const Share share;
+  const int64_t end;      // of the steps to run
+  const bool prefetches;  // panels: see Plan
   const int64_t blocks = share.b1 - share.b0;
   T* const pre;
   Place<T>* const place;  // of the share's rows, at the step that runs
 
   Forward(const ForwardArgs<T>& args, const Team& team, int64_t begin, int64_t end)
-      : a(args), begin(begin), end(end), prefetches(team.plan.prefetch), share(share_of<T>(team, args.schedule, args.H)),
-        pre(args.pre + team.rank * args.pre_thread), place(args.place + team.rank * args.place_thread) {}
+      : Layer(args, team, begin), end(end), prefetches(team.plan.prefetch), pre(args.pre + team.rank * args.pre_thread),
+        place(args.place + team.rank * args.place_thread) {}
 
-  // Rows of the share that run at step s: share.row(0) and the next.
-  FUSEDRNN_INLINE int64_t running(int64_t s) const { return share.among(a.schedule.active[s]); }
-  FUSEDRNN_INLINE const T* h_prev(int64_t s, int64_t j) const {
-    if (s > begin) return a.y.at(s - 1, j);
-    if (s > 0) return a.range_h + a.state_row[j];
-    return a.state[0] ? a.state[0] + a.state_row[j] : a.zeros;
-  }
-  FUSEDRNN_INLINE T* operand(int64_t s, int64_t j) const { return a.operand + (a.saved ? a.schedule.offset[s] + j : j) * a.H; }
-  FUSEDRNN_INLINE T* saved(int64_t s, int64_t j, int64_t b) const {
-    return a.saved + ((a.schedule.offset[s] + j) * a.H + b * L) * Cell::saved;
-  }
   FUSEDRNN_INLINE Place<T> place_of(int64_t s, int64_t j) const {
     const ptrdiff_t row = a.state_row[j];
     const bool ends = j >= a.schedule.active[s + 1];

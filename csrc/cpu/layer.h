@@ -70,4 +70,27 @@ FUSEDRNN_INLINE Share share_of(const Team& team, const Schedule& schedule, int64
   return share;
 }
 
+// Where the data of step s, row j of the batch (in sorted order) lies. Both passes use it; it computes nothing.
+template <class T, class Cell>
+struct LayerRows {
+  const ForwardArgs<T>& a;
+  const int64_t begin;  // the first step to run, whose h_{t-1} is not in y
+  const Share share;
+
+  LayerRows(const ForwardArgs<T>& args, const Team& team, int64_t begin)
+      : a(args), begin(begin), share(share_of<T>(team, args.schedule, args.H)) {}
+
+  // Rows of the share that run at step s: share.row(0) and the next.
+  FUSEDRNN_INLINE int64_t running(int64_t s) const { return share.among(a.schedule.active[s]); }
+  FUSEDRNN_INLINE const T* h_prev(int64_t s, int64_t j) const {
+    if (s > begin) return a.y.at(s - 1, j);
+    if (s > 0) return a.range_h + a.state_row[j];
+    return a.state[0] ? a.state[0] + a.state_row[j] : a.zeros;
+  }
+  FUSEDRNN_INLINE T* operand(int64_t s, int64_t j) const { return a.operand + (a.saved ? a.schedule.offset[s] + j : j) * a.H; }
+  FUSEDRNN_INLINE T* saved(int64_t s, int64_t j, int64_t b) const {
+    return a.saved + ((a.schedule.offset[s] + j) * a.H + b * Vec<T>::lanes) * Cell::saved;
+  }
+};
+
 }  // namespace fusedrnn::FUSEDRNN_TARGET
