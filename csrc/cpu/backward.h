@@ -308,61 +308,84 @@ struct Backward {
     }
   }
 
+  // Of an outer product: block b of the hidden units by vectors [v0, v1) of the columns.
+  struct OuterTask {
+    Span span;
+    int64_t N;
+    const T* panel;
+    T *dw, *sum;
+    int64_t b, v0, v1;
+    bool to_next_block;  // this rank's next task is of block b + 1, so its gradients are prefetched
+  };
+
   // dw[gate(slot) * H + u][n] += sum over rows of slot_grads[slot, u] * panel[n], for the slots of a span.
+  //
+  // `sum` is null where dw itself can be the running sum: all rows of the pass make one block of the reduction, and there is
+  // nothing to add to. Else the tiles accumulate in `sum`, which at each border, every reduction_rows rows, goes to dw: in
+  // block order, which fixes the bits.
   void outer_product(Span span, int64_t N, const T* panel, T* dw, T* sum, int64_t rows, int64_t done, bool last) const {
     constexpr int wide = outer_tile_vectors;
     const Cut columns{ceil_div(N, L), ceil_div(ceil_div(N, L), wide)};
-    Cut cut = tasks(blocks * columns.pieces);
+    const Cut cut = tasks(blocks * columns.pieces);
     // A task multiplies a block's gradients, count vectors a row, with `wide` vectors a row of the panel. Tasks that follow one
     // another share the larger of the two.
     const bool by_columns = span.count < wide;
-    alignas(64) T scratch[8 * wide * L];
-    Tile<T> t;
-    t.segments = 1, t.a_stride = slots, t.b_block = panel_stride;
-    for (int64_t task = cut.begin(team.rank); task < cut.begin(team.rank + 1); ++task) {
-      const int64_t b = by_columns ? task % blocks : task / columns.pieces;
-      const int64_t g = by_columns ? task / blocks : task % columns.pieces;
-      const int64_t n0 = columns.begin(g), vectors = columns.begin(g + 1) - n0;
-      const int64_t width = smallest(N - n0 * L, vectors * L);
-      const bool whole = width == vectors * L;
-      const bool to_next_block =  // whether this rank's next task is of block b + 1
-          prefetches && b + 1 < blocks && task + 1 < cut.begin(team.rank + 1) && (by_columns || g + 1 == columns.pieces);
-      for (int64_t r0 = 0, r1; r0 < rows; r0 = r1) {  // up to the next border of a block of the reduction
+    for (int64_t i = cut.begin(team.rank); i < cut.begin(team.rank + 1); ++i) {
+      const int64_t b = by_columns ? i % blocks : i / columns.pieces;
+      const int64_t g = by_columns ? i / blocks : i % columns.pieces;
+      const bool to_next_block =
+          prefetches && b + 1 < blocks && i + 1 < cut.begin(team.rank + 1) && (by_columns || g + 1 == columns.pieces);
+      const OuterTask task{span, N, panel, dw, sum, b, columns.begin(g), columns.begin(g + 1), to_next_block};
+      for (int64_t r0 = 0, r1; r0 < rows; r0 = r1) {  // up to the next border
         r1 = smallest(rows, r0 + reduction_rows - (done + r0) % reduction_rows);
         const bool starts = (done + r0) % reduction_rows == 0;
         const bool flush = sum && ((done + r1) % reduction_rows == 0 || (last && r1 == rows));
-        const bool adds = a.adds || done + r0 >= reduction_rows;
-        t.k = r1 - r0;
-        t.b = panel + n0 * t.b_block + r0 * L;
-        const Cut lane{block_width<T>(H, b), ceil_div(block_width<T>(H, b), tile_max_rows(wide))};
-        const int64_t tiles = span.count * lane.pieces;
-        const auto first_row = [&](int64_t i) {  // of tile i in dw
-          return (Cell::slot_gate[span.first + i / lane.pieces] * H + b * L + lane.begin(i % lane.pieces)) * N + n0 * L;
-        };
-        for (int64_t i = 0; i < tiles; ++i) {
-          const int64_t lane0 = lane.begin(i % lane.pieces), row = first_row(i);
-          const int n = int(lane.begin(i % lane.pieces + 1) - lane0);
-          T* to = (sum ? sum : dw) + row;
-          if (i + 1 < tiles)
-            for (int r = 0; r < n; ++r) prefetch<true>((sum ? sum : dw) + first_row(i + 1) + r * N, width);
-          t.a[0] = slot_grads(b, batch + r0) + (span.first + i / lane.pieces) * L + lane0;
-          for (int r = 0; r < n; ++r) {
-            t.cout[r] = whole ? to + r * N : scratch + r * wide * L;
-            t.cin[r] = starts ? f.zeros : t.cout[r];
-            if (!starts && !whole)
-              for (int64_t v = 0; v < width; ++v) t.cout[r][v] = to[r * N + v];
-          }
-          t.cin_block = starts ? 0 : L, t.cout_block = L;
-          // The i-th share of the next block's gradients, all of which are one piece of memory.
-          t.prefetch_from = to_next_block && i < Cell::slots ? slot_grads(b + 1, batch + r0) + i * t.k * L : nullptr;
-          run_products<1, Layout::columns>(n, int(vectors), t);
-          if (!whole)
-            for (int r = 0; r < n; ++r)
-              for (int64_t v = 0; v < width; ++v) to[r * N + v] = t.cout[r][v];
-          if (flush)
-            for (int r = 0; r < n; ++r) add_to(dw + row + r * N, to + r * N, width, adds);
-        }
+        reduce_block(task, r0, r1, starts, flush, a.adds || done + r0 >= reduction_rows);
       }
+    }
+  }
+
+  // Adds a task's rows [r0, r1) of the chunk, which lie in one block of the reduction, to the running sum. `starts`: they are
+  // the block's first, so the sum starts from zeros. `flush`: they are its last, so the sum goes to dw, which it `adds` to or
+  // else overwrites.
+  FUSEDRNN_INLINE void reduce_block(const OuterTask& task, int64_t r0, int64_t r1, bool starts, bool flush, bool adds) const {
+    constexpr int wide = outer_tile_vectors;
+    const int64_t b = task.b, N = task.N, n0 = task.v0 * L, vectors = task.v1 - task.v0;
+    const int64_t width = smallest(N - n0, vectors * L);
+    const bool whole = width == vectors * L;
+    const Cut lane{block_width<T>(H, b), ceil_div(block_width<T>(H, b), tile_max_rows(wide))};
+    const int64_t tiles = task.span.count * lane.pieces;
+    T *const dw = task.dw, *const sum = task.sum ? task.sum : dw;
+    const auto first_row = [&](int64_t i) {  // of tile i in dw
+      return (Cell::slot_gate[task.span.first + i / lane.pieces] * H + b * L + lane.begin(i % lane.pieces)) * N + n0;
+    };
+    alignas(64) T scratch[8 * wide * L];
+    Tile<T> t;
+    t.segments = 1, t.a_stride = slots, t.b_block = panel_stride;
+    t.k = r1 - r0;
+    t.b = task.panel + task.v0 * t.b_block + r0 * L;
+    t.cin_block = starts ? 0 : L, t.cout_block = L;
+    for (int64_t i = 0; i < tiles; ++i) {
+      const int64_t lane0 = lane.begin(i % lane.pieces), row = first_row(i);
+      const int n = int(lane.begin(i % lane.pieces + 1) - lane0);
+      T* to = sum + row;
+      if (i + 1 < tiles)
+        for (int r = 0; r < n; ++r) prefetch<true>(sum + first_row(i + 1) + r * N, width);
+      t.a[0] = slot_grads(b, batch + r0) + (task.span.first + i / lane.pieces) * L + lane0;
+      for (int r = 0; r < n; ++r) {
+        t.cout[r] = whole ? to + r * N : scratch + r * wide * L;
+        t.cin[r] = starts ? f.zeros : t.cout[r];
+        if (!starts && !whole)
+          for (int64_t v = 0; v < width; ++v) t.cout[r][v] = to[r * N + v];
+      }
+      // The i-th share of the next block's gradients, all of which are one piece of memory.
+      t.prefetch_from = task.to_next_block && i < Cell::slots ? slot_grads(b + 1, batch + r0) + i * t.k * L : nullptr;
+      run_products<1, Layout::columns>(n, int(vectors), t);
+      if (!whole)
+        for (int r = 0; r < n; ++r)
+          for (int64_t v = 0; v < width; ++v) to[r * N + v] = t.cout[r][v];
+      if (flush)
+        for (int r = 0; r < n; ++r) add_to(dw + row + r * N, to + r * N, width, adds);
     }
   }
 
