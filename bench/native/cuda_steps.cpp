@@ -92,7 +92,7 @@ class Layer {
         FUSEDRNN_CUDA(cudaMemsetAsync(workspace_, workspace_fill, size_t(p.workspace_bytes(T)), nullptr));
         const bool ran = shape_.backward ? persistent_backward<Type>(shape_.cell, p, b_, workspace_, nullptr)
                                          : persistent_forward<Type>(shape_.cell, p, f_, workspace_, nullptr);
-        if (!ran) throw Error(cudaErrorNotSupported, "the driver refused it");
+        if (!ran) throw Error("the driver refused it");
       });
     };
     for (int blocks = 2; blocks <= machine.max_cluster; blocks *= 2)
