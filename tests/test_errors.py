@@ -483,4 +483,3 @@ CASES = [
 @pytest.mark.parametrize(("kind", "text", "call"), CASES)
 def test_bad_input(kind, text, call, e, unchanged):
     check(e, call, kind, text, unchanged)
-

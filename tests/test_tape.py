@@ -7,6 +7,7 @@ import pickle
 import threading
 import warnings
 import weakref
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -301,40 +302,47 @@ def test_a_failed_backward_leaves_accumulated_gradients_alone(run, unchanged):
         layer.backward(tape, dy, accumulate_into=total)
 
 
+@pytest.fixture
+def interrupt(run, monkeypatch):
+    """interrupt(before): a block whose backward passes are interrupted, before the kernels or after them.
+
+    A signal's handler, as Ctrl-C's, raises on the way back to Python.
+    """
+    on = run[0]._stack.on
+    place = on if inspect.ismodule(on) else type(on)
+    kernels = place.backward
+
+    @contextmanager
+    def block(before: bool):
+        def interrupted(*args):
+            if not before:
+                kernels(*args)
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch:
+            patch.setattr(place, "backward", interrupted)
+            yield
+
+    return block
+
+
 @pytest.mark.parametrize("retain", [False, True])
-def test_an_interrupted_backward_adds_nothing_twice(run, retain, monkeypatch):
-    """A signal's handler, as Ctrl-C's, raises when the kernels are done: on the way back to Python."""
+def test_an_interrupted_backward_adds_nothing_twice(run, retain, interrupt):
     layer, _, tape, dy = run
     total = layer.backward(tape, dy, retain=True)
-    on = layer._stack.on
-    place = on if inspect.ismodule(on) else type(on)
-    kernel = place.backward
-
-    def interrupted(*args):
-        kernel(*args)
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(place, "backward", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            layer.backward(tape, dy, retain=True)
-        with pytest.raises(KeyboardInterrupt):
-            layer.backward(tape, dy, retain=retain, accumulate_into=total)
+    with interrupt(before=False), pytest.raises(KeyboardInterrupt):
+        layer.backward(tape, dy, retain=retain, accumulate_into=total)
     with pytest.raises(RuntimeError, match="tape was used up by .* that failed or was interrupted"):
         layer.backward(tape, dy, accumulate_into=total)
 
 
-def test_an_interrupted_backward_that_adds_to_nothing_leaves_its_tape(run, monkeypatch):
+@pytest.mark.parametrize("before", [False, True])
+def test_an_interrupted_backward_that_added_nothing_leaves_its_tape(run, before, interrupt, unchanged):
     layer, _, tape, dy = run
     want = layer.backward(tape, dy, retain=True)
-
-    def interrupted(*args):
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(_stack._core, "set_local_threads", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            layer.backward(tape, dy, accumulate_into=want)
+    into = want if before else None  # after the kernels, it would have been added to
+    with unchanged(want.x, want.flat), interrupt(before), pytest.raises(KeyboardInterrupt):
+        layer.backward(tape, dy, accumulate_into=into)
     assert_equal(layer.backward(tape, dy).flat, want.flat)
 
 
