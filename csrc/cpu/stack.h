@@ -1,5 +1,5 @@
-// A stack of layers in one or two directions: the entry points of C++ programs and of the bindings. Arguments are not
-// checked, but that sizes overflow; see fusedrnn.h. Allocates workspace, packs, plans, and runs the layers on a team of threads.
+// A stack of layers in one or two directions: the entry points of C++ programs and of the bindings. Of the arguments only
+// sizes that overflow are noticed: see fusedrnn.h. Allocates workspace, packs, plans, runs the layers on a team of threads.
 #pragma once
 
 #include "args.h"

@@ -33,6 +33,7 @@ using Clock = std::chrono::steady_clock;
 using std::chrono::microseconds;
 
 constexpr int spins_before_yield = 4000;    // some 50 us
+constexpr int most_threads = 1024;          // that may be asked for
 
 std::atomic<int64_t> stalled_us{0};  // what the threads of this lease waited after their spins, added up
 Retreat retreat;
@@ -201,7 +202,7 @@ Pool& pool() {
 int positive(const char* text) {
   char* end = nullptr;
   long n = strtol(text, &end, 10);
-  return end != text && *end == 0 && n >= 1 && n <= 1024 ? int(n) : 0;
+  return end != text && *end == 0 && n >= 1 && n <= most_threads ? int(n) : 0;
 }
 
 std::atomic<int> process_threads{0};
@@ -281,7 +282,7 @@ int available_threads() {
 #endif
     int limit = cgroup_limit("");
     if (limit > 0 && limit < cores) cores = limit;
-    return std::clamp(cores, 1, 1024);  // as many as may be asked for
+    return std::clamp(cores, 1, most_threads);
   }();
   return n;
 }

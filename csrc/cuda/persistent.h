@@ -33,8 +33,8 @@ FUSEDRNN_HD constexpr int groups_of(int count, bool wide) {
 }
 FUSEDRNN_HD constexpr int tiles_of(int count, bool wide) { return count * groups_of(count, wide) / 2; }
 
-// Of a lane's weights, 16 bytes each, those that registers hold; the rest is in shared memory. The most that the compiler keeps without
-// a spill: float32's products need more registers for other things.
+// Of a lane's weights, 16 bytes each, those that registers hold; the rest is in shared memory. The most that the compiler
+// keeps without a spill: float32's products need more registers for other things.
 FUSEDRNN_HD constexpr int words_in_registers(int size, bool backward, Exchange exchange, int phases, int stage) {
   if (size == 2 && phases > 1) return stage == 1 ? 12 : 16;
   if (size == 2) return backward && exchange == Exchange::grid ? 28 : 32;
